@@ -13,6 +13,7 @@ follows the server's choice, which here is always the "basic" transfer of Git LF
 """
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import json
@@ -110,16 +111,15 @@ class HubServer:
     private       the repository ids that need a token to be read
     commits       every `Commit` in order
     requests      every `Request` in order
-    delay         seconds that each commit takes to be accepted
     on_commit     called with each `Commit` after it was stored and before it is answered
     """
 
     def __init__(self, valid_tokens=("hf_valid",), user="user", orgs=("org",)):
         self.valid_tokens, self.user, self.orgs = set(valid_tokens), user, tuple(orgs)
         self.repos, self.private, self.commits, self.requests = {}, set(), [], []
-        self.delay, self.on_commit = 0.0, None
+        self.on_commit = None
         self._lfs_objects, self._lfs_paths = {}, {}  # {(repo_id, SHA-256): bytes}, {repo_id: {paths in Git LFS}}
-        self._faults, self._crashes = [], []
+        self._plans, self._crashes = [], []  # plans: [how often, where, seconds, status]
         self._lock, self._stopped = threading.RLock(), threading.Event()
 
     def __enter__(self):
@@ -143,10 +143,8 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
         for connection in list(self._server.connections):
-            try:
+            with contextlib.suppress(OSError):  # the peer, or the handler's thread, was faster
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the peer, or the handler's thread, was faster
 
     def fail_next(self, n, where="any", status=500):
         """Fails the next `n` requests of a kind; a status of None drops the connection without an answer.
@@ -156,7 +154,12 @@ class HubServer:
         and 504 or a lost connection), "commit" or "any".
         """
         with self._lock:
-            self._faults.append([n, where, status])
+            self._plans.append([n, where, 0, status])
+
+    def delay_next(self, n, seconds, where="commit"):
+        """Lets the next `n` requests of a kind wait before anything is done with them."""
+        with self._lock:
+            self._plans.append([n, where, seconds, 200])
 
     def request_log(self):
         """`METHOD path` of every request so far, without queries."""
@@ -166,13 +169,7 @@ class HubServer:
         """Returns (status, headers, body as bytes or something for JSON); raises HubError or Dropped."""
         path, _, query = request.path.partition("?")
         (_, _, kinds, needs_token, method), fields = find_route(request.method, path)
-        with self._lock:
-            for fault in self._faults:
-                if fault[0] > 0 and fault[1] in ["any", *kinds.split()]:
-                    fault[0] -= 1
-                    if fault[2] is None:
-                        raise Dropped
-                    raise HubError(fault[2], "Internal Error - We're working hard to fix this as soon as possible!")
+        self._follow_plans(["any", *kinds.split()])
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         if token and token not in self.valid_tokens:
             raise HubError(401, BAD_TOKEN)
@@ -185,6 +182,18 @@ class HubServer:
             # huggingface_hub takes that 401 for "not found"; over http it needs the code to do so.
             raise HubError(404 if token else 401, "Repository not found" if token else NO_TOKEN, "RepoNotFound")
         return getattr(self, method)(request, query=dict(urllib.parse.parse_qsl(query)), **fields)
+
+    def _follow_plans(self, kinds):
+        """Delays or fails a request as told. Every plan that applies counts it, up to one that fails it."""
+        for plan in list(self._plans):
+            with self._lock:
+                if plan[0] < 1 or plan[1] not in kinds:
+                    continue
+                plan[0] -= 1
+            if self._stopped.wait(plan[2]) or plan[3] is None:
+                raise Dropped
+            if plan[3] != 200:
+                raise HubError(plan[3], "Internal Error - We're working hard to fix this as soon as possible!")
 
     def _whoami(self, request, query):
         orgs = [{"type": "org", "id": org, "name": org, "fullname": org, "roleInOrg": "write"} for org in self.orgs]
@@ -260,8 +269,6 @@ class HubServer:
 
     def _commit(self, request, repo, revision, query):
         """Newline-separated JSON: a header, then one line for each file."""
-        if self._stopped.wait(self.delay):
-            raise Dropped
         lines = [json.loads(line) for line in request.body.splitlines()]
         header = lines.pop(0)["value"]
         with self._lock:

@@ -273,7 +273,7 @@ def test_a_model_card_is_checked(hub, folder):
 
 
 def test_stop_breaks_connections_off_and_refuses_new_ones(hub, folder):
-    hub.delay = 30
+    hub.delay_next(1, 30)
     code = """
         api.create_repo("model")
         for attempt in range(2):
@@ -296,13 +296,9 @@ def test_stop_breaks_connections_off_and_refuses_new_ones(hub, folder):
 
 
 def test_commits_can_be_slow_and_watched(hub, folder):
-    hub.delay, seen = 0.5, []
-
-    def watch(commit):
-        hub.delay = 0
-        seen.append((commit.message, time.time()))
-
-    hub.on_commit = watch
+    hub.delay_next(1, 0.5)
+    seen = []
+    hub.on_commit = lambda commit: seen.append((commit.message, time.time()))
     client(hub, folder, "api.create_repo('model'); upload('One'); open(folder + '/new', 'w').close(); upload('Two')")
     assert [message for message, _ in seen] == ["One", "Two"]
     asked = [request.time for request in hub.requests if "/commit/" in request.path]

@@ -1,0 +1,55 @@
+# make quickstart | test | lint | clean, each from a fresh clone: Python 3.10 or newer and make are all they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+QUICKSTART ?= quickstart
+
+# Stamps: an environment is installed into again only when its list of requirements has changed.
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: help env quickstart test lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart   train a small model on Python's documentation, in 5 minutes"
+	@echo "make test         run the tests"
+	@echo "make lint         check style, without changing a file"
+	@echo "make format       put files into the style that lint checks"
+	@echo "make clean        remove what the quickstart and the tools wrote, but not $(VENV)"
+	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) QUICKSTART=$(QUICKSTART)"
+
+env: $(INSTALLED)
+
+# pip is renewed first: the one that Python 3.10 brings can take hours to choose versions.
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed: name one with 'make PYTHON=...'" >&2; exit 1; }
+	@echo "Making an environment in $(VENV), a few minutes the first time ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --upgrade pip
+	@$(PIP) install --quiet --requirement requirements.txt
+	@touch $@
+
+$(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
+	@$(PIP) install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+quickstart: $(INSTALLED)
+	@$(VENV)/bin/python quickstart.py --directory $(QUICKSTART)
+
+test: $(INSTALLED_DEV)
+	$(VENV)/bin/python -m pytest -q --durations=10
+
+lint: $(INSTALLED_DEV)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+format: $(INSTALLED_DEV)
+	$(VENV)/bin/python -m ruff check --fix .
+	$(VENV)/bin/python -m ruff format .
+
+clean:
+	rm -rf quickstart .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +

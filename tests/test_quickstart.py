@@ -1,0 +1,74 @@
+"""The quickstart's corpus, tokenizer and configuration, and a short run of the whole."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer, RobertaTokenizerFast
+
+import quickstart
+
+pytestmark = pytest.mark.smoke
+
+
+def test_corpus_is_large_and_always_the_same(tmp_path):
+    files = quickstart.build_corpus(tmp_path / "here")
+    code = "import pathlib, sys, quickstart; quickstart.build_corpus(pathlib.Path(sys.argv[1]))"
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": str(Path(quickstart.__file__).parent),
+        "LC_ALL": "C",
+    }
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], env=environment, check=True)
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "there" / file.name).read_bytes()
+    train, validation = (file.read_text(encoding="utf-8").splitlines() for file in files)
+    assert len("\n".join(train + validation)) > 2_000_000
+    assert 0.03 < len(validation) / len(train) < 0.08
+    assert len(set(train + validation)) == len(train) + len(validation)
+    assert all(line == " ".join(line.split()) != "" for line in train + validation)
+
+
+def test_corpus_splits_documents_into_paragraphs(tmp_path):
+    documents = [f"Document {number}\n  goes on.\n \nShared." for number in range(1, 41)]
+    train, validation = quickstart.build_corpus(tmp_path, documents)
+    assert validation.read_text() == "Document 20 goes on.\nDocument 40 goes on.\n"
+    assert train.read_text().splitlines()[:3] == ["Document 1 goes on.", "Shared.", "Document 2 goes on."]
+
+
+def test_tokenizer_is_read_back_as_robertas(corpus, roberta_dir):
+    tokenizer = AutoTokenizer.from_pretrained(roberta_dir)
+    assert isinstance(tokenizer, RobertaTokenizerFast)
+    assert tokenizer.convert_ids_to_tokens(range(5)) == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    assert tokenizer.model_max_length == quickstart.LENGTH
+    for line in (corpus / "validation.txt").read_text(encoding="utf-8").splitlines():
+        ids = tokenizer(line, truncation=False, verbose=False)["input_ids"]
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False) == line
+    ids = tokenizer("Return the<mask> of")["input_ids"]
+    assert ids.count(tokenizer.mask_token_id) == 1
+
+
+def test_configuration_fits_the_tokenizer(roberta_dir):
+    config, tokenizer = AutoConfig.from_pretrained(roberta_dir), AutoTokenizer.from_pretrained(roberta_dir)
+    assert config.model_type == "roberta"
+    assert config.vocab_size == len(tokenizer) == 1000
+    assert config.max_position_embeddings - config.pad_token_id - 1 == tokenizer.model_max_length
+    assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (0, 1, 2)
+
+
+def test_quickstart_trains_and_shows_what_it_learned(tmp_path, run_script):
+    done = run_script(["quickstart.py", "--max_steps", "12"], env={"XLA_FLAGS": None}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "quickstart" / "model" / "eval_results.json").read_text())
+    assert f"{results['eval_loss']:.4f}" in done.stdout
+    assert len(re.findall(r"^    .* +[\d.]+%$", done.stdout, re.MULTILINE)) == 3 * len(quickstart.QUESTIONS)
+    assert "tensorboard --logdir quickstart/model" in done.stdout
+    here = [line for line in done.stdout.splitlines() if sys.prefix not in line and str(quickstart.HERE) not in line]
+    assert max(map(len, here)) <= 80
+    assert {path.name for path in tmp_path.iterdir()} == {"quickstart"}  # all of it is in one folder

@@ -29,6 +29,7 @@ import yaml
 
 BAD_TOKEN = "Invalid credentials in Authorization header"
 NO_TOKEN = "Invalid username or password."
+READ_TOKEN = "Forbidden: you must use a write token to do this."
 CREATED_AT = "2026-01-01T00:00:00.000Z"
 
 # What the .gitattributes of a new model repository puts in Git LFS, as far as a training script may write it; so does
@@ -106,6 +107,7 @@ class HubServer:
 
     url           where it listens, for `endpoint=` or HF_ENDPOINT
     valid_tokens  a request with another token gets 401, a writing one without a token too
+    read_tokens   those of the valid tokens that may only read: writing gets 403
     user, orgs    whose tokens these are, and the other namespaces that they may write to
     repos         {repo_id: {path: bytes}}, the files at the head of each repository
     private       the repository ids that need a token to be read
@@ -115,7 +117,8 @@ class HubServer:
     """
 
     def __init__(self, valid_tokens=("hf_valid",), user="user", orgs=("org",)):
-        self.valid_tokens, self.user, self.orgs = set(valid_tokens), user, tuple(orgs)
+        self.valid_tokens, self.read_tokens = set(valid_tokens), set()
+        self.user, self.orgs = user, tuple(orgs)
         self.repos, self.private, self.commits, self.requests = {}, set(), [], []
         self.on_commit = None
         self._lfs_objects, self._lfs_paths = {}, {}  # {(repo_id, SHA-256): bytes}, {repo_id: {paths in Git LFS}}
@@ -146,6 +149,12 @@ class HubServer:
             with contextlib.suppress(OSError):  # the peer, or the handler's thread, was faster
                 connection.shutdown(socket.SHUT_RDWR)
 
+    def add_repo(self, repo_id, files, private=False):
+        """Makes a repository with {path: bytes} in it, none of them in Git LFS."""
+        self.repos[repo_id], self._lfs_paths[repo_id] = dict(files), set()
+        if private:
+            self.private.add(repo_id)
+
     def fail_next(self, n, where="any", status=500):
         """Fails the next `n` requests of a kind; a status of None drops the connection without an answer.
 
@@ -175,6 +184,8 @@ class HubServer:
             raise HubError(401, BAD_TOKEN)
         if needs_token and not token:
             raise HubError(401, NO_TOKEN)
+        if needs_token and token in self.read_tokens and method != "_whoami":
+            raise HubError(403, READ_TOKEN)
         repo_id = fields.get("repo")
         hidden = repo_id in self.private and not token and not path.startswith("/storage/")  # whose links are signed
         if repo_id is not None and (repo_id not in self.repos or hidden):
@@ -197,7 +208,8 @@ class HubServer:
 
     def _whoami(self, request, query):
         orgs = [{"type": "org", "id": org, "name": org, "fullname": org, "roleInOrg": "write"} for org in self.orgs]
-        access = {"displayName": "test", "role": "write", "createdAt": CREATED_AT}
+        role = "read" if request.headers["authorization"].removeprefix("Bearer ") in self.read_tokens else "write"
+        access = {"displayName": "test", "role": role, "createdAt": CREATED_AT}
         answer = {"type": "user", "id": "0", "name": self.user, "fullname": self.user, "orgs": orgs}
         return 200, {}, {**answer, "auth": {"type": "access_token", "accessToken": access}}
 
@@ -213,9 +225,7 @@ class HubServer:
         with self._lock:
             if repo_id in self.repos:
                 return 409, {}, {"error": "You already created this model repo", "url": answer["url"]}
-            self.repos[repo_id], self._lfs_paths[repo_id] = {}, set()
-            if settings.get("private"):
-                self.private.add(repo_id)
+            self.add_repo(repo_id, {}, bool(settings.get("private")))
         return 200, {}, answer
 
     def _validate_yaml(self, request, query):

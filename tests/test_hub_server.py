@@ -151,7 +151,7 @@ def test_requests_carry_the_token_in_one_header_alone(hub, folder):
     [("hf_wrong", "Invalid credentials in Authorization header"), (None, "Invalid username or password.")],
 )
 def test_a_wrong_or_missing_token_is_refused(hub, folder, token, message):
-    hub.repos["user/model"] = {}
+    hub.add_repo("user/model", {})
     shown = client(
         hub,
         folder,
@@ -168,10 +168,32 @@ def test_a_wrong_or_missing_token_is_refused(hub, folder, token, message):
     assert hub.repos == {"user/model": {}}
 
 
+def test_a_token_that_may_only_read_writes_nothing(hub, folder):
+    """Where it names the namespace, the client takes the refusal to create what exists for "it exists"."""
+    hub.read_tokens = {TOKEN}
+    hub.add_repo("user/model", {}, private=True)
+    shown = client(
+        hub,
+        folder,
+        """
+        show(api.whoami()["auth"]["accessToken"]["role"])
+        names = ("user/model", "model", "new")
+        for call in (*(lambda name=name: api.create_repo(name, exist_ok=True) for name in names), upload):
+            try:
+                call()
+            except HfHubHTTPError as error:
+                show(error.response.status_code)
+            else:
+                show("fine")
+        """,
+    )
+    assert shown == ["read", "fine", 403, 403, 403]
+    assert hub.repos == {"user/model": {}}
+
+
 def test_refusals_have_the_types_that_the_client_knows(hub, folder):
-    hub.repos.update({"user/model": {"config.json": b"{}"}, "user/secret": {"config.json": b"{}"}})
-    hub._lfs_paths.update({"user/model": set(), "user/secret": set()})
-    hub.private.add("user/secret")
+    hub.add_repo("user/model", {"config.json": b"{}"})
+    hub.add_repo("user/secret", {"config.json": b"{}"}, private=True)
     shown = client(
         hub,
         folder,

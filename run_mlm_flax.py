@@ -41,7 +41,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import transformers
-from flax.serialization import from_state_dict, to_state_dict
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
@@ -596,12 +595,9 @@ def to_pytorch(params) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(x) for name, x in named.items()}
 
 
-def to_host(state) -> dict[str, np.ndarray]:
-    """A copy of a replicated state, as a flat dict, by transfers that run at once and no program."""
-    flat = {name: x.addressable_shards[0].data for name, x in flatten_dict(to_state_dict(state), sep="/").items()}
-    for x in flat.values():
-        x.copy_to_host_async()
-    return {name: np.array(x)[0] for name, x in flat.items()}
+def named_leaves(tree) -> dict:
+    keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 class Saver:
@@ -622,7 +618,10 @@ class Saver:
 
     def save(self, state, step: int):
         """Returns as soon as `state` is copied from the device and the save before is written."""
-        flat = to_host(state)
+        flat = {name: x.addressable_shards[0].data for name, x in named_leaves(state).items()}
+        for x in flat.values():  # all transfers at once, and no program, as x[0] would run
+            x.copy_to_host_async()
+        flat = {name: np.array(x)[0] for name, x in flat.items()}
         self.wait()
         self.saving = self.pool.submit(self.write, flat, step)
 
@@ -675,9 +674,10 @@ def restore(checkpoints: list[Path], state, run: dict):
         except Exception as error:  # whatever a damaged file makes of it
             logger.warning(f"{path} cannot be read and is skipped: {str(error).splitlines()[0][:200]}")
             continue
-        for name in ("batch_size", "optimizer", "model"):
-            require(found.run[name] == run[name], f"{path}: its {name} is {found.run[name]}, now it is {run[name]}")
-        return from_state_dict(state, unflatten_dict(found.state, sep="/")), int(path.name)
+        for name, value in run.items():
+            require(found.run[name] == value, f"{path} is of another run: its {name} is {found.run[name]}, here {value}")
+        leaves = [found.state[name] for name in named_leaves(state)]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), int(path.name)
     raise InputError(f"{checkpoints[0].parent}: no checkpoint can be read; --overwrite_output_dir starts over")
 
 
@@ -739,7 +739,8 @@ def main(args: Namespace) -> int:
     model, params = load_model(args, config)
     optimizer, schedule = make_optimizer(args, num_steps)
     state = jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params)
-    run = {"model": json.loads(config.to_json_string()), "batch_size": batch_size, "adafactor": args.adafactor}
+    run = {name: x for name, x in json.loads(config.to_json_string()).items() if name != "transformers_version"}
+    run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
     if checkpoints:
         state, step = restore(checkpoints, state, run)
     if jax.process_count() > 1:

@@ -1,0 +1,273 @@
+"""Learning rate, optimizer and training step of run_mlm_flax.py against formulas and plain programs."""
+
+import math
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+from flax.traverse_util import flatten_dict, unflatten_dict
+from transformers import BertConfig, FlaxAutoModelForMaskedLM, RobertaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import run_mlm_flax as mlm
+
+DEFAULTS = {
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "adafactor": False,
+    "max_grad_norm": 0.0,
+}
+TINY = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 37,
+    "max_position_embeddings": 40,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def make_optimizer(num_steps: int = 100, **settings):
+    return mlm.make_optimizer(Namespace(**{**DEFAULTS, **settings}), num_steps)
+
+
+def random_params(model, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    shapes = flatten_dict(model.params_shape_tree)
+    return unflatten_dict(
+        {
+            path: jnp.asarray(np.float32(path[-1] == "scale") + 0.1 * rng.standard_normal(x.shape, np.float32))
+            for path, x in shapes.items()
+        }
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- schedules
+
+
+def learning_rate(kind: str, step: int, peak: float, warmup: int, total: int) -> float:
+    """As `transformers.optimization` documents its get_*_schedule_with_warmup."""
+    if step < warmup:
+        return peak * step / warmup
+    if kind == "constant":
+        return peak
+    if kind == "inverse_sqrt":
+        timescale = warmup or 10_000
+        return peak / math.sqrt((step - warmup + timescale) / timescale)
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * max(0.0, 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 50), (10, 50), (1, 2), (49, 50), (60, 50)])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "inverse_sqrt"])
+def test_schedule(kind, warmup, total):
+    _, schedule = make_optimizer(total, learning_rate=3e-4, lr_scheduler_type=kind, warmup_steps=warmup)
+    for step in range(total + 1):
+        expected = learning_rate(kind, step, 3e-4, warmup, total)
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5, abs=1e-10), step
+    if kind in ("linear", "cosine") and warmup < total:
+        assert float(schedule(total)) == pytest.approx(0, abs=1e-10)
+
+
+# ----------------------------------------------------------------------------------------------------- optimizer
+
+
+@pytest.mark.parametrize("adafactor", [False, True])
+@pytest.mark.parametrize("config_class", [BertConfig, RobertaConfig])
+def test_what_decays(config_class, adafactor):
+    """Gradients of zero move nothing but what decays: by learning rate times weight decay, at every step."""
+    model = FlaxAutoModelForMaskedLM.from_config(config_class(**TINY), _do_init=False)
+    params = random_params(model)
+    settings = {"learning_rate": 0.5, "lr_scheduler_type": "linear", "weight_decay": 0.1, "adafactor": adafactor}
+    optimizer, _ = make_optimizer(4, **settings)
+    zeros, state, decayed = jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    for _ in range(3):
+        updates, state = optimizer.update(zeros, state, decayed)
+        decayed = optax.apply_updates(decayed, updates)
+    factor = np.prod([1 - 0.1 * 0.5 * share for share in (1, 0.75, 0.5)])
+    decays = set()
+    for path, before in flatten_dict(params).items():
+        after = flatten_dict(decayed)[path]
+        if path[-1] in ("bias", "scale"):
+            np.testing.assert_array_equal(after, before, err_msg=str(path))
+        else:
+            np.testing.assert_allclose(after, before * factor, rtol=1e-5, err_msg=str(path))
+            decays.add(path[-1])
+    assert decays == {"kernel", "embedding"}
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_adamw(max_grad_norm):
+    """Three steps of Loshchilov and Hutter's algorithm 2 (https://arxiv.org/abs/1711.05101) in float64."""
+    beta1, beta2, epsilon, decay, peak = 0.8, 0.95, 1e-6, 0.1, 0.05
+    optimizer, _ = make_optimizer(
+        10, learning_rate=peak, lr_scheduler_type="linear", warmup_steps=1, weight_decay=decay, adam_beta1=beta1,
+        adam_beta2=beta2, adam_epsilon=epsilon, max_grad_norm=max_grad_norm,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (5, 7), "bias": (7,), "scale": (3,), "embedding": (11, 2)}
+    exact = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    params = {name: jnp.asarray(x, jnp.float32) for name, x in exact.items()}
+    m, v = ({name: np.zeros(shape) for name, shape in shapes.items()} for _ in range(2))
+    state = optimizer.init(params)
+    for step in range(4):
+        grads = {name: 10.0**-step * rng.standard_normal(shape) for name, shape in shapes.items()}
+        updates, state = optimizer.update({k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        scale = min(1, max_grad_norm / norm) if max_grad_norm else 1
+        rate = learning_rate("linear", step, peak, 1, 10)
+        for name, g in grads.items():
+            m[name] = beta1 * m[name] + (1 - beta1) * g * scale
+            v[name] = beta2 * v[name] + (1 - beta2) * (g * scale) ** 2
+            m_hat, v_hat = m[name] / (1 - beta1 ** (step + 1)), v[name] / (1 - beta2 ** (step + 1))
+            wd = decay if name in ("kernel", "embedding") else 0
+            exact[name] = exact[name] - rate * (m_hat / (np.sqrt(v_hat) + epsilon) + wd * exact[name])
+            np.testing.assert_allclose(params[name], exact[name], rtol=1e-4, atol=1e-6, err_msg=f"{step} {name}")
+
+
+def test_adafactor_scales_with_the_parameter():
+    """Shazeer and Stern's relative step: the first update's root mean square is learning rate times that of the
+    parameter (https://arxiv.org/abs/1804.04235, section 8)."""
+    optimizer, _ = make_optimizer(learning_rate=0.01, adafactor=True)
+    params = {"kernel": jnp.full((4, 6), 3.0), "bias": jnp.full((6,), 0.5)}
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 7.0), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], np.full((4, 6), -0.03), rtol=1e-4)
+    np.testing.assert_allclose(updates["bias"], np.full((6,), -0.005), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- training step
+
+ROWS, LENGTH, STEPS = 64, 16, 20
+MAX_PREDICTED = 10  # of the tokens of a row
+
+
+def uneven_batches():
+    """Global batches of 64 rows. The first eighth holds most of the predicted tokens, another none, so that a mean of
+    the devices' means, or of the micro-batches', is far from the mean over the tokens."""
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        input_ids = rng.integers(2, 101, (ROWS, LENGTH), dtype=np.int32)
+        lengths = rng.integers(LENGTH // 2, LENGTH + 1, ROWS)
+        attention_mask = (np.arange(LENGTH) < lengths[:, None]).astype(np.int32)
+        input_ids[attention_mask == 0] = 1
+        labels = np.full((ROWS, LENGTH), -100, np.int32)
+        for row in range(ROWS):
+            most = MAX_PREDICTED if row < 8 else 0 if row < 16 else 1
+            count = min(most, lengths[row])
+            where = rng.permutation(lengths[row])[:count]
+            labels[row, where] = 7 if row < 8 else rng.integers(0, 101, count)  # what is easy to learn, and what not
+        yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FlaxAutoModelForMaskedLM.from_config(RobertaConfig(**TINY, **NO_DROPOUT, pad_token_id=1), _do_init=False)
+
+
+SETTINGS = {"learning_rate": 5e-3, "weight_decay": 0.01, "warmup_steps": 5, "lr_scheduler_type": "linear"}
+
+
+@pytest.fixture(scope="module")
+def plain_run(model):
+    """Loss, gradient norm and predicted tokens of each step, and the last parameters, of the plainest program: one
+    device, every position through the head, the mean over the predicted tokens of the batch."""
+    optimizer, _ = make_optimizer(STEPS, **SETTINGS)
+
+    def mean_loss(params, batch):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], params=params, train=False).logits
+        predicted = batch["labels"] != -100
+        one_hot = jax.nn.one_hot(batch["labels"], logits.shape[-1])  # of zeros for -100
+        return -(jax.nn.log_softmax(logits) * one_hot).sum() / predicted.sum()
+
+    @jax.jit
+    def step(params, state, batch):
+        loss, grads = jax.value_and_grad(mean_loss)(params, batch)
+        norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, (loss, norm)
+
+    params, history = random_params(model), []
+    state = optimizer.init(params)
+    for batch in uneven_batches():
+        params, state, (loss, norm) = step(params, state, batch)
+        history.append((float(loss), float(norm), (batch["labels"] != -100).sum(), batch["attention_mask"].sum()))
+    return np.array(history), params
+
+
+def make_p_train_step(model, num_devices: int):
+    num_slots = lambda num_tokens: min(num_tokens, num_tokens * MAX_PREDICTED // LENGTH)  # noqa: E731
+    step = partial(mlm.train_step, model=model, num_slots=num_slots, seed=42)
+    return jax.pmap(step, "batch", devices=jax.devices()[:num_devices])
+
+
+def replicated(tree, num_devices: int):
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *jnp.shape(x))), tree)
+
+
+NO_TOTALS = dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), np.float32(0))
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "accumulation"), [(1, 1), (8, 1), (1, 4), (8, 4)], ids=["1x64", "8x8", "1x4x16", "8x4x2"]
+)
+def test_step_on_any_layout_equals_the_plain_program(model, plain_run, num_devices, accumulation):
+    history, expected_params = plain_run
+    assert len(jax.devices()) == 8
+    assert history[-1, 0] < 0.7 * history[0, 0]  # it learns: equal losses say something
+    optimizer, _ = make_optimizer(STEPS, **SETTINGS)
+    state = TrainState.create(apply_fn=None, params=random_params(model), tx=optimizer)
+    state, totals = replicated(state, num_devices), replicated(NO_TOTALS, num_devices)
+    p_train_step = make_p_train_step(model, num_devices)
+    shape = (num_devices, accumulation, ROWS // num_devices // accumulation, LENGTH)
+    for step, batch in enumerate(uneven_batches()):
+        before = totals if step % 3 else replicated(NO_TOTALS, num_devices)  # of steps between log lines
+        state, totals = p_train_step(state, before, {name: x.reshape(shape) for name, x in batch.items()})
+        sums = {name: float(totals[name][0] - before[name][0]) for name in NO_TOTALS}
+        loss, norm, predicted, tokens = history[step]
+        assert (sums["predicted"], sums["tokens"]) == (predicted, tokens)
+        assert sums["loss"] / predicted == pytest.approx(loss, rel=1e-4, abs=0), step
+        assert sums["grad_norm"] == pytest.approx(norm, rel=1e-3), step
+    assert int(state.step[0]) == STEPS
+    for path, expected in flatten_dict(expected_params).items():
+        for device in range(num_devices):
+            actual = flatten_dict(state.params)[path][device]
+            np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3, err_msg=str(path))
+
+
+def test_dropout_depends_on_step_device_and_micro_batch_alone(model):
+    """The same rows everywhere and gradients that move nothing: what differs is dropout."""
+    config = RobertaConfig(**TINY, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, pad_token_id=1)
+    model = FlaxAutoModelForMaskedLM.from_config(config, _do_init=False)
+    state = TrainState.create(apply_fn=None, params=random_params(model), tx=optax.sgd(0.0))
+    row = {name: x[:1] for name, x in next(uneven_batches()).items()}
+
+    def losses(where: str, num_steps: int = 1):
+        """Of steps in which one device and one micro-batch alone has predicted tokens."""
+        batch = {name: np.tile(x, (2, 2, 1, 1)) for name, x in row.items()}
+        labels = np.full_like(batch["labels"], -100)
+        labels[int(where[0]), int(where[1])] = batch["labels"][0, 0]
+        found, now = [], replicated(state, 2)
+        for _ in range(num_steps):
+            now, totals = p_train_step(now, replicated(NO_TOTALS, 2), {**batch, "labels": labels})
+            found.append(float(totals["loss"][0]))
+        return found
+
+    p_train_step = make_p_train_step(model, 2)
+    first = losses("00", 3)
+    assert first == losses("00", 3)
+    assert len({*first, *losses("01"), *losses("10"), *losses("11")}) == 6

@@ -30,25 +30,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LENGTH = 128  # tokens a training sequence
-VOCAB_SIZE = 8000
+LENGTH = 64  # tokens a training sequence: a small model learns sooner to look around in a short one
+VOCAB_SIZE = 4000  # small enough for a corpus of a million tokens, and the output layer is most of the work
 VALIDATION_PART = 20  # one document of so many
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in the order of RoBERTa's ids
 
 TRAINING = {  # flags of run_mlm_flax.py
     "max_seq_length": LENGTH,
+    "mlm_probability": 0.25,  # more to learn from each token than at 0.15
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
     "learning_rate": 3e-3,
-    "warmup_steps": 100,
+    "warmup_steps": 200,
     "weight_decay": 0.01,
     "adam_beta2": 0.98,
-    "max_steps": 1000,
-    "logging_steps": 50,
-    "eval_steps": 250,
-    "save_steps": 500,
-    "seed": 42,
+    "max_steps": 3000,
+    "logging_steps": 250,
+    "eval_steps": 1000,
+    "save_steps": 1000,
 }
 
 QUESTIONS = (
@@ -142,6 +142,7 @@ def write_config(directory: Path, tokenizer, max_length: int = LENGTH, layers=2,
         num_attention_heads=heads,
         intermediate_size=4 * width,
         max_position_embeddings=max_length + tokenizer.pad_token_id + 1,  # RoBERTa counts from the pad id on
+        initializer_range=0.08,  # 1 / sqrt(width) or so: attention starts less uniform than with 0.02
         hidden_dropout_prob=0.0,  # a few passes over the data do not overfit
         attention_probs_dropout_prob=0.0,
         type_vocab_size=1,

@@ -51,8 +51,8 @@ def roberta_dir(tmp_path_factory, corpus) -> Path:
     import quickstart
 
     directory = tmp_path_factory.mktemp("roberta")
-    tokenizer = quickstart.train_tokenizer([corpus / "train.txt"], directory, vocab_size=1000)
-    quickstart.write_config(directory, tokenizer, layers=2, width=32, heads=2)
+    tokenizer = quickstart.train_tokenizer([corpus / "train.txt"], directory, vocab_size=1000, max_length=128)
+    quickstart.write_config(directory, tokenizer, max_length=128, layers=2, width=32, heads=2)
     return directory
 
 

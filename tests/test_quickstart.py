@@ -45,7 +45,7 @@ def test_tokenizer_is_read_back_as_robertas(corpus, roberta_dir):
     tokenizer = AutoTokenizer.from_pretrained(roberta_dir)
     assert isinstance(tokenizer, RobertaTokenizerFast)
     assert tokenizer.convert_ids_to_tokens(range(5)) == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    assert tokenizer.model_max_length == quickstart.LENGTH
+    assert tokenizer.model_max_length == 128
     for line in (corpus / "validation.txt").read_text(encoding="utf-8").splitlines():
         ids = tokenizer(line, truncation=False, verbose=False)["input_ids"]
         assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)

@@ -67,7 +67,7 @@ def require(condition, message: str):
 
 
 def explain(what: str, function, *args, **kwargs):
-    """`function(*args, **kwargs)`; whatever a library raises there becomes an InputError, `what` and the first cause."""
+    """`function(*args, **kwargs)`; what a library raises there becomes an InputError, `what` and the first cause."""
     try:
         return function(*args, **kwargs)
     except Exception as error:
@@ -150,27 +150,26 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """All settings, from the command line or from one .json file of them."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) == 1 and argv[0].endswith(".json"):
-        settings = explain(f"{argv[0]}: no JSON", lambda: json.loads(Path(argv[0]).read_text(encoding="utf-8")))
-        require(isinstance(settings, dict), f"{argv[0]}: it must be one JSON object of settings")
-        argv = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+        read = lambda: json.loads(Path(argv[0]).read_text(encoding="utf-8")).items()  # noqa: E731
+        settings = explain(f"{argv[0]}: no JSON object of settings", read)
+        argv = [f"--{name}={value}" for name, value in settings if value is not None]
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments), allow_abbrev=False)
     parser.error = partial(require, False)  # argparse would print the usage of sixty flags before its line
     *groups, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    flags = " ".join(argument.partition("=")[0] for argument in rest if argument.startswith("--"))
-    require(not rest, f"unknown arguments: {flags or 'a value without a flag'}")  # not the values: they may be secrets
+    unknown = " ".join(word.partition("=")[0] for word in rest if word.startswith("--"))  # values may be secrets
+    require(not rest, f"unknown arguments: {unknown or 'a value without a flag'}")
     args = Namespace(**{name: value for group in groups for name, value in vars(group).items()})
-    check_args(args)
     args.do_train, args.do_eval = args.do_train or not args.do_eval, args.do_eval or not args.do_train
     args.hub_options = {name: getattr(args, name) for name in ("cache_dir", "token", "trust_remote_code")}
-    return args
+    return check_args(args)
 
 
-def check_args(args):
+def check_args(args) -> Namespace:
     """Raises InputError for numbers out of range, and for flags that exclude or need each other."""
-    sizes = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps"
-    sizes += " save_steps save_total_limit max_seq_length max_train_samples max_eval_samples preprocessing_num_workers"
+    sizes = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_train_samples"
+    sizes += " max_eval_samples max_seq_length logging_steps eval_steps save_steps save_total_limit"
     for names, meaning, holds in (
-        (sizes, "at least 1", lambda x: x >= 1),
+        (sizes + " preprocessing_num_workers", "at least 1", lambda x: x >= 1),
         ("max_steps", "at least 1, or -1", lambda x: x >= 1 or x == -1),
         ("warmup_steps learning_rate weight_decay max_grad_norm", "at least 0", lambda x: 0 <= x < math.inf),
         ("num_train_epochs adam_epsilon", "above 0", lambda x: 0 < x < math.inf),
@@ -179,34 +178,31 @@ def check_args(args):
         ("validation_split_percentage", "between 0 and 99", lambda x: 0 <= x <= 99),
         ("seed", "between 0 and 4294967295", lambda x: 0 <= x < 2**32),
     ):
-        for name in names.split():
-            value = getattr(args, name)
+        for name, value in ((name, getattr(args, name)) for name in names.split()):
             require(value is None or holds(value), f"--{name} {value}: it must be {meaning}")
-    known = sorted(config.model_type for config in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING)
-    file, only_eval = args.train_file or args.validation_file, args.do_eval and not args.do_train
-    if only_eval and (Path(args.output_dir) / "flax_model.msgpack").is_file():
+    if not args.do_train and (Path(args.output_dir) / "flax_model.msgpack").is_file():
         args.model_name_or_path = args.model_name_or_path or args.output_dir
-    model = args.model_name_or_path or (not only_eval and (args.config_name or args.model_type))
+    model = args.model_name_or_path or (args.do_train and (args.config_name or args.model_type))
     require(model, "no model: give --model_name_or_path, or, to train from scratch, --config_name or --model_type")
+    known = sorted(config.model_type for config in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING)
     require(args.model_type in (None, *known), f"--model_type {args.model_type}: not one of {', '.join(known)}")
-    require(file or args.dataset_name, "no data: give --dataset_name or --train_file")
-    require(not (file and args.dataset_name), f"two data sources: --dataset_name {args.dataset_name} and {file}")
-    require(args.train_file or args.dataset_name or only_eval, "--validation_file needs --train_file, or --do_eval alone")
+    file, name = args.train_file or args.validation_file, args.dataset_name
+    require(file or name, "no data: give --dataset_name or --train_file")
+    require(not (file and name), f"two data sources: --dataset_name {name} and {file}")
+    require(args.train_file or name or not args.do_train, "--validation_file needs --train_file, or --do_eval alone")
     require(args.line_by_line or not args.pad_to_max_length, "--pad_to_max_length needs --line_by_line")
     require(args.use_fast_tokenizer or not args.whole_word_mask, "--whole_word_mask needs a fast tokenizer")
     for split in ("train", "validation"):
-        lines = getattr(args, f"{split}_file") and args.line_by_line
-        require(lines or not getattr(args, f"{split}_ref_file"), f"--{split}_ref_file needs --{split}_file --line_by_line")
+        refs, lines = getattr(args, f"{split}_ref_file"), args.line_by_line and getattr(args, f"{split}_file")
+        require(lines or not refs, f"--{split}_ref_file {refs}: it needs --{split}_file and --line_by_line")
+    return args
 
 
 @dataclass
 class FlaxDataCollatorForLanguageModeling:
-    """BERT's masking of a whole batch at once.
-
-    Each token that is not special, or each word where `continues_word` is given, is predicted with probability
-    `mlm_probability`. 80% of the predicted tokens become the mask token, 10% one drawn from the whole vocabulary, 10%
-    stay. A token takes one 64-bit draw, so row r starts at draw r * max_length, on whichever host it is.
-    """
+    """BERT's masking of a whole batch at once. Each token that is not special, or each word where `continues_word` is
+    given, is predicted with probability `mlm_probability`: 80% of them are shown as the mask token, 10% as one of the
+    whole vocabulary, 10% as they are. A token takes one 64-bit draw: row r starts at draw r * max_length."""
 
     tokenizer: transformers.PreTrainedTokenizerBase
     max_length: int
@@ -214,7 +210,7 @@ class FlaxDataCollatorForLanguageModeling:
     whole_words: bool = False
 
     def __post_init__(self):
-        require(self.tokenizer.mask_token_id is not None, "the tokenizer has no mask token, which this objective needs")
+        require(self.tokenizer.mask_token_id is not None, "the tokenizer has no mask token: it cannot mask")
         self.is_special = np.isin(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
     def num_slots(self, num_tokens: int) -> int:
@@ -224,20 +220,18 @@ class FlaxDataCollatorForLanguageModeling:
         return min(num_tokens, 16 * math.ceil((mean + 4 * deviation) / 16))
 
     def __call__(self, examples: dict[str, np.ndarray], rng: np.random.Generator, group_size: int):
-        """Masks `input_ids` in place and adds `labels`, both [rows, length] int32.
-
-        Of `group_size` rows, a device's forward pass, the surplus over `num_slots`, one in ten thousand, is not masked.
-        """
+        """Masks `input_ids` in place and adds `labels`, both [rows, length] int32. In `group_size` rows, a device's
+        forward pass, what exceeds `num_slots` tokens, one time in ten thousand, is left unmasked."""
         input_ids, continues_word = examples["input_ids"], examples.pop("continues_word", None)
         rows, length = input_ids.shape
-        draws = rng.integers(2**64 - 1, size=(rows, self.max_length), dtype=np.uint64, endpoint=True)[:, :length]
-        keys = draws
+        draws = rng.integers(2**64 - 1, size=(rows, self.max_length), dtype=np.uint64, endpoint=True)
+        keys = draws = draws[:, :length]
         if continues_word is not None:  # a word has the key of its first token; a row starts a word
             starts = np.where(continues_word, 0, np.arange(length))
             keys = np.take_along_axis(draws, np.maximum.accumulate(starts, axis=1), axis=1)
         predict = (keys < np.uint64(self.mlm_probability * 2**64)) & ~self.is_special[input_ids]
-        group_shape, slots = (-1, group_size * length), self.num_slots(group_size * length)
-        for group, group_keys in zip(predict.reshape(group_shape), keys.reshape(group_shape), strict=True):
+        shape, slots = (-1, group_size * length), self.num_slots(group_size * length)
+        for group, group_keys in zip(predict.reshape(shape), keys.reshape(shape), strict=True):
             if np.count_nonzero(group) > slots:
                 group &= group_keys < np.partition(group_keys[group], slots)[slots]
         labels = np.where(predict, input_ids, np.int32(IGNORE))
@@ -249,31 +243,25 @@ class FlaxDataCollatorForLanguageModeling:
 
 
 def head_only_at(positions):
-    """Interceptor for `flax.linen.intercept_methods` that hands the head the hidden states at `positions` only.
-
-    A masked-language model of Transformers is a base model that returns a tuple, hidden states [batch, length, width]
-    first, and a head that works on each position by itself: the base model's output becomes [1, positions, width].
-    """
-
+    """Interceptor (`flax.linen.intercept_methods`) that hands the head the hidden states at flat `positions` only. In
+    Transformers a masked-language model is a base model that returns a tuple, hidden states [batch, length, width]
+    first, and a head that works on each position by itself; the base model is made to return [1, positions, width]."""
     def interceptor(next_function, args, kwargs, context):
         outputs = next_function(*args, **kwargs)
         if len(context.module.path) != 1 or not isinstance(outputs, tuple):
             return outputs
         return (outputs[0].reshape(-1, outputs[0].shape[-1]).at[positions].get(mode="clip")[None], *outputs[1:])
-
     return interceptor
 
 
 def loss_sums(params, batch, model, num_slots, dropout_rng=None):
     """Cross-entropy in float32 of the tokens with a label other than -100, summed, and the sums that means are of.
-
     `batch` holds input_ids, attention_mask and labels, [batch, length] int32. The head, most of the work in a small
-    model, runs on `num_slots(batch * length)` positions instead of all.
-    """
+    model, runs on `num_slots(batch * length)` positions instead of all."""
     labels, train = batch["labels"].reshape(-1), dropout_rng is not None
     (positions,) = jnp.nonzero(labels != IGNORE, size=num_slots(labels.size), fill_value=labels.size)
     labels = labels.at[positions].get(mode="fill", fill_value=IGNORE)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with nn.intercept_methods(head_only_at(positions)):
         logits = model(**inputs, params=params, dropout_rng=dropout_rng, train=train, return_dict=False)[0]
     if logits.shape[:2] != (1, labels.size):  # a model of other anatomy: its head ran on every position
@@ -281,9 +269,8 @@ def loss_sums(params, batch, model, num_slots, dropout_rng=None):
     logits, predicted = logits[0].astype(jnp.float32), labels != IGNORE
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(predicted, labels, 0))
     sums = {"loss": jnp.where(predicted, losses, 0).sum(), "predicted": predicted.sum(dtype=jnp.float32)}
-    if not train:
-        sums["accuracy"] = (predicted & (logits.argmax(-1) == labels)).sum(dtype=jnp.float32)
-    return sums["loss"], sums
+    hits = {} if train else {"accuracy": (predicted & (logits.argmax(-1) == labels)).sum(dtype=jnp.float32)}
+    return sums["loss"], sums | hits
 
 
 def load_texts(args):
@@ -292,44 +279,45 @@ def load_texts(args):
     if datasets.__version__ < "4":  # the last to take it
         options["trust_remote_code"] = args.trust_remote_code
     builders = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
-    source, splits = f"--dataset_name {args.dataset_name}", {}
+    source, splits, load = f"--dataset_name {args.dataset_name}", {}, partial(datasets.load_dataset, **options)
     if args.dataset_name:
-        load = partial(datasets.load_dataset, args.dataset_name, args.dataset_config_name, **options)
-        splits = dict(explain(f"{source}: it cannot be read", load))
+        splits = dict(explain(f"{source}: it cannot be read", load, args.dataset_name, args.dataset_config_name))
     for split in ("train", "validation"):
         if file := getattr(args, f"{split}_file"):
             source, kind = f"--{split}_file {file}", Path(file).suffix.lower().lstrip(".")
             require(kind in builders, f"{source}: its extension must be one of {', '.join(builders)}")
-            load = partial(datasets.load_dataset, builders[kind], data_files=[file], split="train", **options)
-            splits[split] = explain(f"{source}: it cannot be read", load)
+            options = {"path": builders[kind], "data_files": [file], "split": "train"}
+            splits[split] = explain(f"{source}: it cannot be read", load, **options)
         if split in splits:
-            splits[split] = text_column(splits[split], args.text_column_name, getattr(args, f"{split}_ref_file"), source)
+            refs = getattr(args, f"{split}_ref_file")
+            splits[split] = text_column(splits[split], args.text_column_name, refs, source)
     train, validation = splits.get("train"), splits.get("validation")
     require(train or (validation and not args.do_train), f"{source}: it has no training data, only {list(splits)}")
     if validation is None:
-        count = len(train) * args.validation_split_percentage // 100
-        message = f"--validation_split_percentage {args.validation_split_percentage} of {len(train)} texts is {count}"
+        count, percentage = len(train) * args.validation_split_percentage // 100, args.validation_split_percentage
+        message = f"--validation_split_percentage {percentage} of {len(train)} texts is {count}"
         require(0 < count < len(train) or not args.do_eval, f"{message}: raise it, or give --validation_file")
         train, validation = train.select(range(count, len(train))), train.select(range(count))
     return train if args.do_train else None, validation if args.do_eval else None
 
 
 def text_column(dataset, wanted: str | None, ref_file: str | None, source: str):
-    """The text column alone, as "text", and, as "refs", the positions of tokens that continue a word in each line."""
+    """The text column alone, as "text", and, as "refs", the positions of the tokens that continue a word."""
     kinds = {name: str(getattr(feature, "dtype", feature)) for name, feature in dataset.features.items()}
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     name = wanted or ("text" if "text" in kinds else strings[0] if len(strings) == 1 else None)
-    require(name in kinds, f"{source}: no column {name or 'that must be the text'}; is --text_column_name of {list(kinds)}?")
+    require(name in kinds, f"{source}: no column {name or 'that must be text'}; --text_column_name of {list(kinds)}?")
     require(name in strings, f"{source}: column {name} holds {kinds[name]}, not text")
     dataset = dataset.select_columns([name]).rename_columns({name: "text"})
-    if not ref_file:
-        return dataset
-    read = lambda: [[*map(int, json.loads(line))] for line in Path(ref_file).read_text().splitlines() if line.strip()]
-    refs = explain(f"{ref_file}: each line must be a JSON list of token positions", read)
-    filled = [bool(text and text.strip()) for text in dataset["text"]]
-    require(len(refs) == sum(filled), f"{ref_file}: {len(refs)} lines for {sum(filled)} lines of text")
-    refs = iter(refs)
-    return dataset.add_column("refs", [next(refs) if line else [] for line in filled])
+    if ref_file:
+        read = partial(Path(ref_file).read_text, encoding="utf-8")
+        lines = [line for line in explain(f"{ref_file}: it cannot be read", read).split("\n") if line.strip()]
+        parse = lambda: [list(map(int, json.loads(line))) for line in lines]  # noqa: E731
+        refs = explain(f"{ref_file}: each line must be a JSON list of positions", parse)
+        filled = [bool(text and text.strip()) for text in dataset["text"]]
+        require(len(refs) == sum(filled), f"{ref_file}: {len(refs)} lines for {sum(filled)} lines of text")
+        dataset = dataset.add_column("refs", [refs.pop(0) if line else [] for line in filled])
+    return dataset
 
 
 def encode(batch, tokenizer, max_length: int, line_by_line: bool, whole_words: bool):
@@ -338,7 +326,8 @@ def encode(batch, tokenizer, max_length: int, line_by_line: bool, whole_words: b
     if line_by_line:
         kept = [(row, line) for row, text in kept for line in text.split("\n") if line.strip()]
     options = {"truncation": line_by_line, "max_length": max_length if line_by_line else None, "verbose": False}
-    encoded = tokenizer([text for _, text in kept], return_attention_mask=False, **options) if kept else {"input_ids": []}
+    texts = [text for _, text in kept]
+    encoded = tokenizer(texts, return_attention_mask=False, **options) if texts else {"input_ids": []}
     columns = {"input_ids": encoded["input_ids"]}
     if whole_words or "refs" in batch:
         columns["continues_word"] = [np.zeros(len(ids), np.int8) for ids in encoded["input_ids"]]
@@ -346,14 +335,13 @@ def encode(batch, tokenizer, max_length: int, line_by_line: bool, whole_words: b
             if whole_words:
                 words = np.array([-1 if word is None else word for word in encoded.word_ids(i)])
                 marks[1:] = (words[1:] == words[:-1]) & (words[1:] >= 0)
-            if "refs" in batch:
-                marks[[position for position in batch["refs"][row] if position < len(marks)]] = 1
+            refs = batch["refs"][row] if "refs" in batch else []
+            marks[[position for position in refs if position < len(marks)]] = 1  # beyond: cut off
     return columns
 
 
 class Sequences(NamedTuple):
     """Tokenized sequences end to end, so that a batch is one NumPy gather."""
-
     columns: dict[str, np.ndarray]  # input_ids, [tokens] int32, and maybe continues_word, [tokens] int8
     starts: np.ndarray  # [sequences] int64
     ends: np.ndarray  # [sequences] int64
@@ -373,20 +361,18 @@ def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what:
     require(len(encoded), f"the {what} data has no text: all of its {len(dataset)} rows are blank")
     chunks = {name: encoded.data.column(name).chunks for name in kinds}
     columns = {name: np.concatenate([chunk.flatten().to_numpy() for chunk in chunks[name]]) for name in kinds}
-    ends, multiple = np.arange(max_length, len(columns["input_ids"]) + 1, max_length), max_length
+    num_tokens, multiple = len(columns["input_ids"]), max_length
+    ends = np.arange(max_length, num_tokens + 1, max_length)
     if args.line_by_line:
         ends = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks["input_ids"]]).cumsum()
         multiple = max_length if args.pad_to_max_length else 16
-    num_tokens = len(columns["input_ids"])
     require(len(ends), f"too little {what} data: {num_tokens} tokens do not fill a block of {max_length}")
     return Sequences(columns, np.concatenate([[0], ends[:-1]])[:limit], ends[:limit], max_length, multiple)
 
 
 def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
-    """This process's part of the global batch of `rows`: arrays [local devices, *shape, length] int32.
-
-    Rows of -1 fill up a partial batch and have no labels. `first_row` counts the rows before in the draws of `seed`.
-    """
+    """This process's part of the global batch of `rows`: arrays [local devices, *shape, length] int32. Rows of -1 fill
+    up a partial batch and have no labels. `first_row` counts the rows before in the draws of `seed`."""
     longest, multiple = np.max(sequences.ends[rows] - sequences.starts[rows]), sequences.multiple
     length = min(sequences.max_length, multiple * math.ceil(longest / multiple))
     local = np.split(rows, jax.process_count())[jax.process_index()]
@@ -433,18 +419,16 @@ def prefetch(batches, size: int = 2):
 
 def load_config_and_tokenizer(args):
     """The config, its vocabulary as large as the tokenizer's at least, the tokenizer, and the sequence length."""
-    config, name, hub = None, args.config_name or args.model_name_or_path, args.hub_options
-    if name:
-        config = explain(f"{name} has no config", AutoConfig.from_pretrained, name, **hub)
-    config = config or transformers.CONFIG_MAPPING[args.model_type]()
+    name, load = args.config_name or args.model_name_or_path, partial(AutoConfig.from_pretrained, **args.hub_options)
+    config = explain(f"{name} has no config", load, name) if name else transformers.CONFIG_MAPPING[args.model_type]()
     found, supported = config.model_type, type(config) in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING
     require(args.model_type in (None, found), f"--model_type {args.model_type}: {name} is of type {found}")
     require(supported, f"{name}: type {found} has no masked-language model in Flax")
     name = args.tokenizer_name or args.model_name_or_path
     require(name, "no tokenizer: give --tokenizer_name or --model_name_or_path")
-    load = partial(AutoTokenizer.from_pretrained, use_fast=args.use_fast_tokenizer)
-    tokenizer = explain(f"{name} has no tokenizer", load, name, **hub)
-    require(tokenizer.pad_token or not args.line_by_line, f"the tokenizer of {name} has no pad token for --line_by_line")
+    load = partial(AutoTokenizer.from_pretrained, use_fast=args.use_fast_tokenizer, **args.hub_options)
+    tokenizer = explain(f"{name} has no tokenizer", load, name)
+    require(tokenizer.pad_token or not args.line_by_line, f"{name}: no pad token, which --line_by_line needs")
     if len(tokenizer) > config.vocab_size:  # JAX would clamp the ids beyond the table without a word
         message = f"the tokenizer of {name} has {len(tokenizer)} tokens, the model's table {config.vocab_size}"
         require(not args.model_name_or_path, f"{message}: they do not belong together")
@@ -461,8 +445,8 @@ def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
     options, params, name = {"dtype": getattr(jnp, args.dtype), "_do_init": False}, {}, args.model_name_or_path
     if name:
-        load = partial(FlaxAutoModelForMaskedLM.from_pretrained, config=config, **options)
-        model, params = explain(f"{name} has no model of type {config.model_type}", load, name, **args.hub_options)
+        load = partial(FlaxAutoModelForMaskedLM.from_pretrained, config=config, **options, **args.hub_options)
+        model, params = explain(f"{name} has no model of type {config.model_type}", load, name)
     else:
         model = FlaxAutoModelForMaskedLM.from_config(config, **options)
     if args.gradient_checkpointing:
@@ -477,38 +461,31 @@ def load_model(args, config):
 
 
 def make_optimizer(args, num_steps: int):
-    """AdamW or Adafactor, weights decayed at the pace of the learning rate where they are matrices and no biases; and
-    the learning rate by step: linear warm-up to the peak, then the schedule, to zero at `num_steps`."""
+    """AdamW or Adafactor, decaying matrices that are not biases, at the pace of the learning rate; and the learning
+    rate by step: linear warm-up to the peak, then the schedule, to zero at `num_steps`."""
     peak, warmup, decay_steps = args.learning_rate, args.warmup_steps, max(1, num_steps - args.warmup_steps)
-    schedule = {
+    after = {
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps),
         "constant": optax.constant_schedule(peak),
         "inverse_sqrt": lambda step: peak / jnp.sqrt(1 + step / max(1, warmup)),
     }[args.lr_scheduler_type]
-    if warmup:
-        schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
-
-    def decayed(params):
-        flat = flatten_dict(params)
-        return unflatten_dict({path: x.ndim > 1 and not path[-1].endswith("bias") for path, x in flat.items()})
-
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    matrices = partial(jax.tree_util.tree_map_with_path, lambda path, x: x.ndim > 1 and "bias" not in path[-1].key)
     if args.adafactor:
         decay = (lambda step: args.weight_decay * schedule(step)) if args.weight_decay else None
-        optimizer = optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=decayed)
+        optimizer = optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=matrices)
     else:
         moments = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
-        optimizer = optax.adamw(schedule, **moments, weight_decay=args.weight_decay, mask=decayed)
+        optimizer = optax.adamw(schedule, **moments, weight_decay=args.weight_decay, mask=matrices)
     clip = [optax.clip_by_global_norm(args.max_grad_norm)] if args.max_grad_norm else []
     return optax.chain(*clip, optimizer), schedule
 
 
 def train_step(state, totals, batch, model, num_slots, seed):
     """One optimizer step on one device of axis "batch"; leaves of `batch` are [accumulation, batch, length] int32.
-
     Gradients of the summed loss are summed over micro-batches and devices, then divided once by the predicted tokens
-    of them all. `totals` are the sums since the last log line.
-    """
+    of them all. `totals` are sums since the last log line."""
     rng = jax.random.fold_in(jax.random.key(seed, impl=DROPOUT_PRNG), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
 
@@ -540,10 +517,8 @@ def evaluate(p_eval_step, sequences, collator, args, caught, params) -> dict[str
 
 
 def shard(tree):
-    """Arrays [local devices, ...] onto the local devices, on the mesh where pmap over "batch" puts its own output.
-
-    On another, as of `flax.jax_utils.replicate`, pmap of jax 0.8 and later compiles anew when its output comes back.
-    """
+    """Arrays [local devices, ...] onto the local devices, on the mesh where pmap over "batch" puts its own output; on
+    another, as of `flax.jax_utils.replicate`, pmap of jax 0.8 and later compiles anew when that comes back."""
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("batch",))
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch")))
 
@@ -572,27 +547,32 @@ class TrainingLog:
             (step, totals), self.due = self.due, None
             sums, now = {name: float(np.asarray(x)[0]) for name, x in totals.items()}, time.perf_counter()
             advice = "training stops, checkpoints are from before; try a lower --learning_rate or --max_grad_norm 1"
-            require(all(map(math.isfinite, sums.values())), f"by step {step} loss or gradients are not finite: {advice}")
+            require(all(map(math.isfinite, sums.values())), f"step {step}: loss or gradients are not finite; {advice}")
             means = {"loss": sums["loss"] / max(sums["predicted"], 1), "learning_rate": float(schedule(step - 1))}
             means |= {"time": now - self.start, "tokens_per_second": sums["tokens"] / (now - self.last)}
             self.results, self.last = {f"train_{name}": value for name, value in means.items()}, now
             self.scalars(self.results, step)
 
 
+def write_file(path: Path, content: str):
+    """Writes aside and renames, so that the file is there whole or not at all."""
+    path.with_suffix(".tmp").write_text(content)
+    path.with_suffix(".tmp").replace(path)
+
+
 def write_results(output_dir: Path, results: dict[str, float], split: str):
-    """SPLIT_results.json, and the same values among those of all_results.json; each written aside and renamed."""
+    """SPLIT_results.json, and the same values among those of all_results.json."""
     path = output_dir / "all_results.json"
     everything = {**(json.loads(path.read_text()) if path.exists() else {}), **results}
-    for path, content in ((output_dir / f"{split}_results.json", results), (path, everything)):
-        path.with_suffix(".tmp").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        path.with_suffix(".tmp").replace(path)
+    write_file(output_dir / f"{split}_results.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
+    write_file(path, json.dumps(everything, indent=2, sort_keys=True) + "\n")
 
 
 def to_pytorch(params) -> dict[str, np.ndarray]:
     """Flax parameters under the names and in the layout of Transformers' PyTorch classes."""
     names, flat = {"kernel": "weight", "scale": "weight", "embedding": "weight"}, flatten_dict(params)
-    named = {".".join((*path, names.get(name, name))): x.T if name == "kernel" else x for (*path, name), x in flat.items()}
-    return {name: np.ascontiguousarray(x) for name, x in named.items()}
+    named = {(*path, names.get(name, name)): x.T if name == "kernel" else x for (*path, name), x in flat.items()}
+    return {".".join(path): np.ascontiguousarray(x) for path, x in named.items()}
 
 
 def named_leaves(tree) -> dict:
@@ -600,57 +580,64 @@ def named_leaves(tree) -> dict:
     return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-class Saver:
-    """Writes what a run leaves, in the background: a checkpoint, then the model, then the upload."""
+class Saver(ThreadPoolExecutor):
+    """Writes what a run leaves, in the background: checkpoints, and beside them the model, with its upload."""
 
     def __init__(self, args, model, tokenizer, run: dict, step: int, upload):
+        super().__init__(2)
         self.model, self.tokenizer, self.run, self.upload = model, tokenizer, run, upload
-        self.output_dir, checkpoints = Path(args.output_dir), Path(args.output_dir) / "checkpoints"
-        self.pool, self.saving, self.uploading = ThreadPoolExecutor(2), None, None
-        shutil.rmtree(self.output_dir / ".tmp", ignore_errors=True)
+        self.output_dir, self.saving, self.publishing = Path(args.output_dir), None, None
+        checkpoints, aside = self.output_dir / "checkpoints", self.output_dir / ".tmp"
+        shutil.rmtree(aside, ignore_errors=True)
         if args.overwrite_output_dir and args.resume_from_checkpoint is None and checkpoints.exists():
-            shutil.rmtree(checkpoints.rename(self.output_dir / ".tmp"))  # gone at once, not bit by bit
+            shutil.rmtree(checkpoints.rename(aside))  # gone at once, not bit by bit
         checkpoints.mkdir(parents=True, exist_ok=True)
         options = CheckpointOptions(max_to_keep=args.save_total_limit, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(checkpoints.absolute(), options=options)
         for later in (found for found in self.manager.all_steps() if found > step):
             self.manager.delete(later)
 
-    def save(self, state, step: int):
+    def save(self, state, step: int, last: bool):
         """Returns as soon as `state` is copied from the device and the save before is written."""
         flat = {name: x.addressable_shards[0].data for name, x in named_leaves(state).items()}
         for x in flat.values():  # all transfers at once, and no program, as x[0] would run
             x.copy_to_host_async()
         flat = {name: np.array(x)[0] for name, x in flat.items()}
-        self.wait()
-        self.saving = self.pool.submit(self.write, flat, step)
+        uploading = self.upload and self.publishing and not self.publishing.done()
+        self.wait(self.saving, None if uploading and not last else self.publishing)
+        self.saving = self.submit(self.write, flat, step)
+        if last or not uploading:  # else the network is slow: a later save will do
+            self.publishing = self.submit(self.publish, flat, step)
 
-    def wait(self):
-        return self.saving and explain(f"{self.output_dir}: a save failed, those before it are whole", self.saving.result)
+    def wait(self, *futures):
+        for future in filter(None, futures):
+            explain(f"{self.output_dir}: a save failed, those before it are whole", future.result)
 
     def write(self, flat: dict[str, np.ndarray], step: int):
         if step not in self.manager.all_steps():
             items = {"state": ocp.args.StandardSave(flat), "run": ocp.args.JsonSave(self.run)}
             self.manager.save(step, args=ocp.args.Composite(**items))
+
+    def publish(self, flat: dict[str, np.ndarray], step: int):
         params = unflatten_dict({name[7:]: x for name, x in flat.items() if name.startswith("params/")}, sep="/")
         aside = self.output_dir / ".tmp"
         self.model.save_pretrained(aside, params=params)
         self.tokenizer.save_pretrained(aside)
         save_file(to_pytorch(params), aside / "model.safetensors", metadata={"format": "pt"})
-        (aside / "model.safetensors").chmod((aside / "config.json").stat().st_mode)  # safetensors 0.8: for the owner only
+        (aside / "model.safetensors").chmod((aside / "config.json").stat().st_mode)  # safetensors 0.8: owner only
         for file in aside.iterdir():
             file.replace(self.output_dir / file.name)
-        if self.upload and (self.uploading is None or self.uploading.done()):
-            if self.uploading and self.uploading.exception():
-                logger.warning(f"An upload failed, the next one repairs it: {self.uploading.exception()}")
-            self.uploading = self.pool.submit(self.upload, commit_message=f"Step {step}")
+        try:
+            self.upload and self.upload(f"Step {step}", "events.*")  # which still grow
+        except Exception as error:  # of the network, of the server
+            logger.warning(f"The upload of step {step} failed, the next repairs it: {' '.join(str(error).split())}")
 
 
 def find_checkpoints(args) -> list[Path]:
     """The checkpoints to resume from, newest first. Raises InputError where the run may not or can not write."""
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    require(parent.is_dir() and os.access(parent, os.W_OK), f"--output_dir {output_dir}: {parent} is no writable folder")
+    require(parent.is_dir() and os.access(parent, os.W_OK), f"--output_dir {output_dir}: {parent} is not writable")
     ours = parent != output_dir or not any(output_dir.iterdir()) or (output_dir / "checkpoints").is_dir()
     ours = ours or args.overwrite_output_dir or wanted is not None
     require(ours, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
@@ -665,7 +652,7 @@ def find_checkpoints(args) -> list[Path]:
 def restore(checkpoints: list[Path], state, run: dict):
     """The first readable checkpoint, as a host copy of `state`, and its step. Raises InputError if of another run."""
     # Orbax (0.12.8) leaves reads pending where one fails, and each then prints a traceback of its own
-    sys.excepthook = lambda kind, error, trace: "loop is closed" in str(error) or sys.__excepthook__(kind, error, trace)
+    sys.excepthook = lambda *error: "loop is closed" in str(error[1]) or sys.__excepthook__(*error)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
     for path in checkpoints:
         try:
@@ -673,21 +660,28 @@ def restore(checkpoints: list[Path], state, run: dict):
             found = manager.restore(int(path.name), args=items)
         except Exception as error:  # whatever a damaged file makes of it
             logger.warning(f"{path} cannot be read and is skipped: {str(error).splitlines()[0][:200]}")
+            time.sleep(0.5)  # until the reads left pending have ended
             continue
         for name, value in run.items():
-            require(found.run[name] == value, f"{path} is of another run: its {name} is {found.run[name]}, here {value}")
+            require(found.run[name] == value, f"{path}: its {name} is {found.run[name]}, of this run {value}")
         leaves = [found.state[name] for name in named_leaves(state)]
         return jax.tree.unflatten(jax.tree.structure(state), leaves), int(path.name)
     raise InputError(f"{checkpoints[0].parent}: no checkpoint can be read; --overwrite_output_dir starts over")
 
 
 def connect_hub(args):
-    """Creates the repository and returns a function that uploads output_dir to it."""
-    api = huggingface_hub.HfApi(token=args.hub_token or args.token)
-    name = args.hub_model_id or Path(args.output_dir).name
-    repo_id = explain(f"--push_to_hub: no repository {name}", api.create_repo, name, exist_ok=True).repo_id
-    ignored = ["checkpoints/**", ".tmp/**", "*.tmp"]
-    return partial(api.upload_folder, repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
+    """Creates the repository and returns a function that uploads output_dir to it. Raises InputError."""
+    api, output_dir = huggingface_hub.HfApi(token=args.hub_token or args.token), Path(args.output_dir)
+    name = args.hub_model_id or output_dir.absolute().name
+    problem = f"--push_to_hub: no access to {name}, may --hub_token write there?"
+    repo_id = explain(problem, api.create_repo, name, exist_ok=True).repo_id
+    attempt = huggingface_hub.CommitOperationAdd("README.md", b"-")  # whose first step tells if the token may write
+    explain(problem, api.preupload_lfs_files, repo_id, [attempt])
+
+    def upload(message: str, *ignored: str):
+        ignored = ["checkpoints/**", ".tmp/**", "*.tmp", *ignored]
+        api.upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message, ignore_patterns=ignored)
+    return upload
 
 
 def write_card(output_dir: Path, model, results: dict[str, float]):
@@ -696,7 +690,8 @@ def write_card(output_dir: Path, model, results: dict[str, float]):
     if not path.exists() or mark in path.read_text():
         table = "".join(f"| {name} | {value:.4f} |\n" for name, value in results.items())
         tags = f"library_name: transformers\npipeline_tag: fill-mask\ntags: [flax, {model.config.model_type}]"
-        path.write_text(f"---\n{mark}\n{tags}\n---\n\n# {output_dir.name}\n\n| result | value |\n|---|---|\n{table}")
+        title = f"# {path.absolute().parent.name}\n\n| result | value |\n|---|---|"
+        write_file(path, f"---\n{mark}\n{tags}\n---\n\n{title}\n{table}")
 
 
 def set_up(args):
@@ -705,10 +700,11 @@ def set_up(args):
         names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
         numbers = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
         explain("--distributed: no cluster", jax.distributed.initialize, **numbers)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.ERROR, force=True)
-    logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level="ERROR", force=True)
+    logger.setLevel("INFO" if jax.process_index() == 0 else "ERROR")
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
+    huggingface_hub.utils.disable_progress_bars()  # of uploads in the background
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if jax.config.jax_compilation_cache_dir is None:
@@ -755,44 +751,43 @@ def main(args: Namespace) -> int:
     evaluation = partial(evaluate, p_eval_step, eval_set, collator, args, caught)
     if args.do_train:
         logger.info(
-            f"Training {sum(x.size for x in jax.tree.leaves(params)):,} parameters on {sizes}, from step {first_step} to "
-            f"{num_steps}, {num_steps / steps_per_epoch:.2f} epochs; a step takes {jax.device_count()} devices x {shape[0]} "
-            f"x {shape[1]} = {batch_size} sequences.")
+            f"Training {sum(x.size for x in jax.tree.leaves(params)):,} parameters on {sizes}, from step {first_step} "
+            f"to {num_steps}, {num_steps / steps_per_epoch:.2f} epochs; a step takes {jax.device_count()} devices x "
+            f"{shape[0]} x {shape[1]} = {batch_size} sequences.")
         zeros = totals = replicate(dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), np.float32(0)))
         for number in (signal.SIGTERM, signal.SIGINT):  # noted, for the loop to save and stop; a second one kills
             signal.signal(number, lambda number, _: (caught.append(number), signal.signal(number, signal.SIG_DFL)))
         batches = prefetch(train_batches(train_set, collator, args.seed, range(first_step, num_steps), shape))
-        for step, batch in enumerate(batches, first_step + 1):
-            state, totals = p_train_step(state, totals, batch)
-            log.flush(schedule)
-            stopping = max(caught, default=0)
-            if jax.process_count() > 1:  # what any process was told; they ask each other every tenth step only
-                stopping = int(multihost_utils.process_allgather(stopping).max()) if step % 10 == 0 else 0
-            saving = step % args.save_steps == 0 or step == num_steps or stopping
-            if step % args.logging_steps == 0 or saving:
-                log.due, totals = (step, totals), zeros
-            if saving:
+        with saver or ThreadPoolExecutor(1):  # whose end, also by an error, waits for what is being written
+            for step, batch in enumerate(batches, first_step + 1):
+                state, totals = p_train_step(state, totals, batch)
                 log.flush(schedule)
-                saver and saver.save(state, step)
-            if stopping:
-                break
-            if args.do_eval and step % (args.eval_steps or steps_per_epoch) == 0 and step < num_steps:
-                log.scalars(evaluation(state.params), step)
+                stopping = max(caught, default=0)
+                if jax.process_count() > 1:  # what any process was told; they ask each other every tenth step
+                    stopping = int(multihost_utils.process_allgather(stopping).max()) if step % 10 == 0 else 0
+                saving = step % args.save_steps == 0 or step == num_steps or stopping
+                if step % args.logging_steps == 0 or saving:
+                    log.due, totals = (step, totals), zeros
+                if saving:
+                    log.flush(schedule)
+                    saver and saver.save(state, step, last=stopping or step == num_steps)
+                if stopping:
+                    break
+                if args.do_eval and step % (args.eval_steps or steps_per_epoch) == 0 and step < num_steps:
+                    log.scalars(evaluation(state.params), step)
+            if saver and step == first_step:  # no step was left, but the run before may have ended before its export
+                saver.save(state, step, last=True)
+            saver and saver.wait(saver.saving, saver.publishing)
         batches.close()
-        if is_writer:
-            if step == first_step:  # nothing was left to train, but the run before may have ended before its export
-                saver.save(state, step)
-            saver.wait()
-            log.results and write_results(output_dir, log.results, "train")
+        saver and log.results and write_results(output_dir, log.results, "train")
     results = evaluation(state.params) if args.do_eval and not stopping else {}
     log.scalars(results, step)
     if is_writer:
         log.writer.close()
         results and write_results(output_dir, results, "eval")
     if upload and not stopping:
-        saver and saver.pool.shutdown()  # waits for the upload under way
         write_card(output_dir, model, results)
-        explain("--push_to_hub: the last upload failed, all files are in output_dir", upload, commit_message="End of training")
+        explain("--push_to_hub: the last upload failed, output_dir has it all", upload, "End of training")
     stopping = stopping or max(caught, default=0)
     return 128 + stopping if stopping else 0
 

@@ -39,14 +39,14 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in the order of 
 TRAINING = {  # flags of run_mlm_flax.py
     "max_seq_length": LENGTH,
     "mlm_probability": 0.25,  # more to learn from each token than at 0.15
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
-    "learning_rate": 3e-3,
-    "warmup_steps": 200,
+    "learning_rate": 2.5e-3,
+    "warmup_steps": 300,
     "weight_decay": 0.01,
     "adam_beta2": 0.98,
-    "max_steps": 3000,
-    "logging_steps": 250,
+    "max_steps": 5000,
+    "logging_steps": 500,
     "eval_steps": 1000,
     "save_steps": 1000,
 }
@@ -180,8 +180,10 @@ def fill_mask(model_directory: Path, text: str, count: int = 3) -> list[tuple[st
     """The `count` likeliest tokens in place of <mask>, with their probabilities."""
     import jax
     import numpy as np
+    import transformers
     from transformers import AutoTokenizer, FlaxAutoModelForMaskedLM
 
+    transformers.logging.set_verbosity_error()  # a notice that Transformers 5 has no Flax classes
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = FlaxAutoModelForMaskedLM.from_pretrained(model_directory)
     inputs = tokenizer(text, return_tensors="np")

@@ -52,9 +52,9 @@ TRAINING = {  # flags of run_mlm_flax.py
 }
 
 QUESTIONS = (
-    "If the key is not<mask>, raise a KeyError.",
-    "Return True if the object is an<mask> of the class.",
-    "The default<mask> is None.",
+    "Return a list<mask> all the names.",
+    "This method<mask> called when the connection is lost.",
+    "This function is<mask> by the interpreter.",
 )
 
 
@@ -176,6 +176,19 @@ def training_command(directory: Path, train_file: Path, validation_file: Path, *
     return [sys.executable, str(HERE / "run_mlm_flax.py"), *arguments]
 
 
+def frequency_loss(tokenizer, train_file: Path, validation_file: Path) -> float:
+    """Mean cross-entropy of the validation tokens, in nats, if each is guessed by its frequency in training alone."""
+    import numpy as np
+
+    def counts(file):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        encoded = tokenizer(lines, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return np.bincount(np.concatenate(encoded).astype(int), minlength=len(tokenizer))
+
+    frequencies = counts(train_file) + 0.1  # a token not seen in training is rare, not impossible
+    return float(-np.average(np.log(frequencies / frequencies.sum()), weights=counts(validation_file)))
+
+
 def fill_mask(model_directory: Path, text: str, count: int = 3) -> list[tuple[str, float]]:
     """The `count` likeliest tokens in place of <mask>, with their probabilities."""
     import jax
@@ -229,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{sizes[1]:.1f} MB to evaluate on: {shown(validation_file)}")
     tokenizer = train_tokenizer([train_file], args.directory / "start")
     config = write_config(args.directory / "start", tokenizer)
+    guess = frequency_loss(tokenizer, train_file, validation_file)
     print(f"Byte-level BPE of {len(tokenizer)} tokens and a RoBERTa of {config.num_hidden_layers} layers of")
     print(f"width {config.hidden_size}: {shown(args.directory / 'start')}")
     if args.corpus_only:
@@ -247,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     model = args.directory / "model"
     for name, value in json.loads((model / "eval_results.json").read_text()).items():
         print(f"{name:20}{value:10.4f}")
+    print(f"A guess by the frequency of tokens alone has a loss of {guess:.4f}.")
     for question in QUESTIONS:
         print(f"\n{question.replace('<mask>', ' ____')}")
         for token, probability in fill_mask(model, question):

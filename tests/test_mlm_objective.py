@@ -6,6 +6,7 @@ and with the fixed seeds of these tests always or never.
 """
 
 import dataclasses
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     FLAX_MODEL_FOR_MASKED_LM_MAPPING,
+    BertConfig,
     FlaxAutoModelForMaskedLM,
     PreTrainedTokenizerFast,
 )
@@ -340,7 +342,10 @@ def make_model(family: str, **settings):
 
 def full_loss(params, batch, model):
     """The loss as the papers have it: every position through the head, then the labels that are not -100 in a sum."""
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], params=params, train=False).logits
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if "token_type_ids" in inspect.signature(type(model).__call__).parameters:
+        inputs["token_type_ids"] = jnp.zeros_like(inputs["input_ids"])  # a single segment is number 0
+    logits = model(**inputs, params=params, train=False).logits
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     predicted = batch["labels"] != -100
     labels = jnp.where(predicted, batch["labels"], 0)
@@ -388,9 +393,17 @@ def test_every_family_is_tested():
     assert set(FAMILIES) == {config.model_type for config in FLAX_MODEL_FOR_MASKED_LM_MAPPING}
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+SEGMENT_1 = pytest.mark.xfail(reason="Flax's ELECTRA takes segment 1 where it is given none, PyTorch's segment 0")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(x, marks=SEGMENT_1) if x == "electra" else x for x in (*sorted(FAMILIES), "bert, checkpointed")],
+)
 def test_loss_and_gradients_equal_the_full_computation(family):
-    model, params = make_model(family)
+    model, params = make_model(family.partition(",")[0])
+    if family.endswith("checkpointed"):
+        model.enable_gradient_checkpointing()
     key = jax.random.key(0, impl="rbg")  # dropout is zero: the key is used and changes nothing
     fast = jax.value_and_grad(masked_loss, has_aux=True)
     full = jax.value_and_grad(full_loss, has_aux=True)
@@ -418,9 +431,24 @@ def test_the_head_runs_on_the_slots_only(family):
     assert sizes_of_logits(jax.make_jaxpr(masked_loss, static_argnums=2)(params, batch, model).jaxpr) == {NUM_SLOTS}
 
 
-def model_of_logits(logits):
+@pytest.mark.xfail(reason="needs an indices_rng")
+def test_big_bird_trains_with_its_sparse_attention():
+    """Which is its default, and draws random blocks of keys from a generator of its own."""
+    model, params = make_model("big_bird", attention_type="block_sparse", max_position_embeddings=256)
+    batch = {name: jnp.ones((1, 256), jnp.int32) for name in NAMES}
+    jax.eval_shape(lambda params: masked_loss(params, batch, model, jax.random.key(0, impl="rbg")), params)
+
+
+class ModelOfLogits:
     """A model of another anatomy than Transformers': the head cannot be reached, and runs on every position."""
-    return lambda **inputs: (logits,)
+
+    config = BertConfig()
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def __call__(self, **inputs):
+        return (self.logits,)
 
 
 def test_evaluation_sums():
@@ -438,7 +466,7 @@ def test_evaluation_sums():
             loss += np.log(np.exp(row_logits).sum()) - row_logits[label]
             right += best[row, position] == label
             predicted += 1
-        value, sums = mlm.loss_sums({}, batch, model_of_logits(jnp.asarray(logits)), lambda num_tokens: NUM_SLOTS)
+        value, sums = mlm.loss_sums({}, batch, ModelOfLogits(jnp.asarray(logits)), lambda num_tokens: NUM_SLOTS)
         assert set(sums) == {"loss", "predicted", "accuracy"}
         assert value == sums["loss"] == pytest.approx(loss, rel=1e-5), name
         assert (sums["accuracy"], sums["predicted"]) == (right, predicted)
@@ -452,6 +480,6 @@ def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
     logits = jnp.asarray(8 * np.random.default_rng(0).standard_normal((BATCH, LENGTH, HEAD_VOCAB)), dtype)
     exact, labels = np.asarray(logits, np.float64), np.asarray(batch["labels"])
     losses = np.log(np.exp(exact).sum(-1)) - np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
-    loss, sums = mlm.loss_sums({}, batch, model_of_logits(logits), lambda num_tokens: NUM_SLOTS)
+    loss, sums = mlm.loss_sums({}, batch, ModelOfLogits(logits), lambda num_tokens: NUM_SLOTS)
     assert all(value.dtype == jnp.float32 for value in (loss, *sums.values()))
     assert loss == pytest.approx(losses[labels != -100].sum(), rel=1e-6)

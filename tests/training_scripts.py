@@ -6,6 +6,7 @@ descriptors, and may be killed at any moment, also at one named by a file operat
 """
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -83,6 +84,7 @@ def tiny_roberta(directory: Path, **changes):
 class Script:
     name: str
     model_type: str
+    other_model_type: str  # that the script knows, too
     write_model: Callable  # (directory, **changes of the config) -> None: tokenizer and config of a tiny model
     no_dropout: tuple[str, ...]  # the config's dropout rates, to be set to 0
     length_flag: str = "max_seq_length"
@@ -101,6 +103,7 @@ SCRIPTS = [
     Script(
         "run_mlm_flax.py",
         model_type="roberta",
+        other_model_type="bert",
         write_model=tiny_roberta,
         no_dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         modules=("transformers.models.roberta.modeling_flax_roberta",),
@@ -120,10 +123,10 @@ class Place:
         self.train_file = write_text(directory / "train.txt", 400, seed=1)
         self.validation_file = write_text(directory / "validation.txt", 60, seed=2)
 
-    def flags(self, output_dir, **changes) -> list[str]:
-        """A whole command line; a flag of True is a switch, one of None or False is left out."""
-        flags = {
-            "output_dir": self.directory / output_dir,
+    def settings(self, output_dir) -> dict:
+        """All that a short run needs."""
+        return {
+            "output_dir": output_dir and self.directory / output_dir,
             "model_type": self.script.model_type,
             "config_name": self.model,
             "tokenizer_name": self.model,
@@ -133,8 +136,11 @@ class Place:
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4,
             "learning_rate": 0.01,
-            **changes,
         }
+
+    def flags(self, output_dir, **changes) -> list[str]:
+        """A whole command line; a flag of True is a switch, one of None or False is left out."""
+        flags = {**self.settings(output_dir), **changes}
         given = {flag: value for flag, value in flags.items() if value is not None and value is not False}
         return [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in given.items()]
 
@@ -142,6 +148,10 @@ class Place:
         """A run in the background, with flags, and with options of `ForkServer.start`."""
         forking = {name: options.pop(name) for name in FORKING & options.keys()}
         return server(self.script).start(self.flags(output_dir, **options), self.directory, **forking)
+
+    def start_argv(self, argv: list[str]) -> "Run":
+        """A run in the background, with a command line as it is."""
+        return server(self.script).start(argv, self.directory)
 
     def run(self, output_dir, **options) -> "Run":
         """A run to its end."""
@@ -285,6 +295,8 @@ def serve(path: str, modules: list[str]):
     spec.loader.exec_module(script)
     for module in modules:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # children share the pages of what is imported as long as nothing writes to them
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     running = set()
     for line in requests:

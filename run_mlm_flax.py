@@ -1,7 +1,5 @@
 #!/usr/bin/env python
-# Copyright 2026 The authors of this collection. Licensed under the Apache License, Version 2.0; see LICENSE.
 """Masked language modeling (BERT, RoBERTa, ALBERT, ELECTRA, ...) with JAX/Flax on CPU, GPU or TPU.
-
 The objective is BERT's (Devlin et al., 2018, https://arxiv.org/abs/1810.04805): 15% of the tokens are predicted from
 their context; of these 80% are shown as the mask token, 10% as a random token and 10% as themselves.
 
@@ -13,8 +11,7 @@ their context; of these 80% are shown as the mask token, 10% as a random token a
 # dependencies = [
 #     "datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.11", "numpy>=2,<3",
 #     "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11.16,<0.13", "safetensors>=0.5,<1", "tensorboard>=2.19,<3",
-#     "transformers>=4.57,<5",
-# ]
+#     "transformers>=4.57,<5"]
 # ///
 
 import json
@@ -25,10 +22,9 @@ import shutil
 import signal
 import sys
 import time
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -52,19 +48,15 @@ from transformers.hf_argparser import HfArg
 logger = logging.getLogger(__name__)
 DROPOUT_PRNG = "rbg"  # the fast generator of jax.random; its bits depend on the key and the kind of device alone
 IGNORE = -100  # the label of a token that is not predicted
-CheckpointOptions = partial(  # process 0 saves, in a thread of this script's own
-    ocp.CheckpointManagerOptions, create=False, enable_async_checkpointing=False,
+CheckpointOptions = partial(ocp.CheckpointManagerOptions, create=False, enable_async_checkpointing=False,
     multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}))
-
 
 class InputError(Exception):
     """What a user can mend: printed as one line, without a traceback."""
 
-
 def require(condition, message: str):
     if not condition:
         raise InputError(message)
-
 
 def explain(what: str, function, *args, **kwargs):
     """`function(*args, **kwargs)`; what a library raises there becomes an InputError, `what` and the first cause."""
@@ -74,7 +66,6 @@ def explain(what: str, function, *args, **kwargs):
         while error.__cause__:
             error = error.__cause__
         raise InputError(f"{what}: {str(error)[:400] or type(error).__name__}") from error
-
 
 @dataclass
 class ModelArguments:
@@ -88,7 +79,6 @@ class ModelArguments:
     use_fast_tokenizer: bool = HfArg(default=True, help="Use a tokenizer of the tokenizers library.")
     dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="Activations; weights: float32.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model or dataset.")
-
 
 @dataclass
 class DataTrainingArguments:
@@ -110,7 +100,6 @@ class DataTrainingArguments:
     max_eval_samples: int | None = HfArg(default=None, help="Evaluate on at most so many sequences.")
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that tokenize.")
     overwrite_cache: bool = HfArg(default=False, help="Tokenize anew, whatever the cache holds.")
-
 
 @dataclass
 class TrainingArguments:
@@ -145,65 +134,58 @@ class TrainingArguments:
     hub_model_id: str | None = HfArg(default=None, help="Repository to upload to. Default: output_dir's name.")
     hub_token: str | None = HfArg(default=None, help="Hub token for uploads. Default: token, or login.", repr=False)
 
-
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    """All settings, from the command line or from one .json file of them."""
+def parse_args(argv: list[str] | None = None):
+    """All settings, from the command line or from one .json file of them. Raises InputError."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) == 1 and argv[0].endswith(".json"):
-        read = lambda: json.loads(Path(argv[0]).read_text(encoding="utf-8")).items()  # noqa: E731
-        settings = explain(f"{argv[0]}: no JSON object of settings", read)
+        settings = explain(f"{argv[0]}: no JSON object", lambda: json.loads(Path(argv[0]).read_text("utf-8")).items())
         argv = [f"--{name}={value}" for name, value in settings if value is not None]
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments), allow_abbrev=False)
     parser.error = partial(require, False)  # argparse would print the usage of sixty flags before its line
-    *groups, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    args, rest = parser.parse_known_args(argv)
     unknown = " ".join(word.partition("=")[0] for word in rest if word.startswith("--"))  # values may be secrets
     require(not rest, f"unknown arguments: {unknown or 'a value without a flag'}")
-    args = Namespace(**{name: value for group in groups for name, value in vars(group).items()})
     args.do_train, args.do_eval = args.do_train or not args.do_eval, args.do_eval or not args.do_train
     args.hub_options = {name: getattr(args, name) for name in ("cache_dir", "token", "trust_remote_code")}
-    return check_args(args)
+    if not args.do_train and (Path(args.output_dir) / "flax_model.msgpack").is_file():
+        args.model_name_or_path = args.model_name_or_path or args.output_dir
+    check_args(args)
+    return args
 
-
-def check_args(args) -> Namespace:
+def check_args(args):
     """Raises InputError for numbers out of range, and for flags that exclude or need each other."""
-    sizes = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_train_samples"
-    sizes += " max_eval_samples max_seq_length logging_steps eval_steps save_steps save_total_limit"
     for names, meaning, holds in (
-        (sizes + " preprocessing_num_workers", "at least 1", lambda x: x >= 1),
+        ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps "
+         "save_steps save_total_limit max_seq_length max_train_samples max_eval_samples preprocessing_num_workers",
+         "at least 1", lambda x: x >= 1),
         ("max_steps", "at least 1, or -1", lambda x: x >= 1 or x == -1),
         ("warmup_steps learning_rate weight_decay max_grad_norm", "at least 0", lambda x: 0 <= x < math.inf),
         ("num_train_epochs adam_epsilon", "above 0", lambda x: 0 < x < math.inf),
         ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
         ("mlm_probability", "above 0 and below 1", lambda x: 0 < x < 1),
         ("validation_split_percentage", "between 0 and 99", lambda x: 0 <= x <= 99),
-        ("seed", "between 0 and 4294967295", lambda x: 0 <= x < 2**32),
-    ):
+        ("seed", "between 0 and 4294967295", lambda x: 0 <= x < 2**32)):
         for name, value in ((name, getattr(args, name)) for name in names.split()):
             require(value is None or holds(value), f"--{name} {value}: it must be {meaning}")
-    if not args.do_train and (Path(args.output_dir) / "flax_model.msgpack").is_file():
-        args.model_name_or_path = args.model_name_or_path or args.output_dir
+    families = sorted(config.model_type for config in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING)
     model = args.model_name_or_path or (args.do_train and (args.config_name or args.model_type))
+    file, refs, name = args.train_file or args.validation_file, args.train_ref_file, args.dataset_name
+    refs = refs or args.validation_ref_file
     require(model, "no model: give --model_name_or_path, or, to train from scratch, --config_name or --model_type")
-    known = sorted(config.model_type for config in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING)
-    require(args.model_type in (None, *known), f"--model_type {args.model_type}: not one of {', '.join(known)}")
-    file, name = args.train_file or args.validation_file, args.dataset_name
+    require(args.tokenizer_name or args.model_name_or_path, "no tokenizer: give --tokenizer_name or --model_name_or_path")
+    require(args.model_type in (None, *families), f"--model_type {args.model_type}: not one of {', '.join(families)}")
     require(file or name, "no data: give --dataset_name or --train_file")
     require(not (file and name), f"two data sources: --dataset_name {name} and {file}")
     require(args.train_file or name or not args.do_train, "--validation_file needs --train_file, or --do_eval alone")
     require(args.line_by_line or not args.pad_to_max_length, "--pad_to_max_length needs --line_by_line")
+    require(args.line_by_line or not refs, f"--train_ref_file, --validation_ref_file: {refs} needs --line_by_line")
     require(args.use_fast_tokenizer or not args.whole_word_mask, "--whole_word_mask needs a fast tokenizer")
-    for split in ("train", "validation"):
-        refs, lines = getattr(args, f"{split}_ref_file"), args.line_by_line and getattr(args, f"{split}_file")
-        require(lines or not refs, f"--{split}_ref_file {refs}: it needs --{split}_file and --line_by_line")
-    return args
-
 
 @dataclass
 class FlaxDataCollatorForLanguageModeling:
     """BERT's masking of a whole batch at once. Each token that is not special, or each word where `continues_word` is
     given, is predicted with probability `mlm_probability`: 80% of them are shown as the mask token, 10% as one of the
     whole vocabulary, 10% as they are. A token takes one 64-bit draw: row r starts at draw r * max_length."""
-
     tokenizer: transformers.PreTrainedTokenizerBase
     max_length: int
     mlm_probability: float = 0.15
@@ -220,8 +202,7 @@ class FlaxDataCollatorForLanguageModeling:
         return min(num_tokens, 16 * math.ceil((mean + 4 * deviation) / 16))
 
     def __call__(self, examples: dict[str, np.ndarray], rng: np.random.Generator, group_size: int):
-        """Masks `input_ids` in place and adds `labels`, both [rows, length] int32. In `group_size` rows, a device's
-        forward pass, what exceeds `num_slots` tokens, one time in ten thousand, is left unmasked."""
+        """Masks `input_ids` in place and adds `labels`, [rows, length] int32; a forward pass has `group_size` rows."""
         input_ids, continues_word = examples["input_ids"], examples.pop("continues_word", None)
         rows, length = input_ids.shape
         draws = rng.integers(2**64 - 1, size=(rows, self.max_length), dtype=np.uint64, endpoint=True)
@@ -232,7 +213,7 @@ class FlaxDataCollatorForLanguageModeling:
         predict = (keys < np.uint64(self.mlm_probability * 2**64)) & ~self.is_special[input_ids]
         shape, slots = (-1, group_size * length), self.num_slots(group_size * length)
         for group, group_keys in zip(predict.reshape(shape), keys.reshape(shape), strict=True):
-            if np.count_nonzero(group) > slots:
+            if np.count_nonzero(group) > slots:  # one time in ten thousand: the surplus is left unmasked
                 group &= group_keys < np.partition(group_keys[group], slots)[slots]
         labels = np.where(predict, input_ids, np.int32(IGNORE))
         low = draws[predict] & 0xFFFFFFFF  # independent of the key, which only the upper half decides
@@ -240,7 +221,6 @@ class FlaxDataCollatorForLanguageModeling:
         shown = [self.tokenizer.mask_token_id, (low - first) * len(self.is_special) // (last - first)]
         input_ids[predict] = np.select([low < first, low < last], shown, labels[predict])
         return {**examples, "labels": labels}
-
 
 def head_only_at(positions):
     """Interceptor (`flax.linen.intercept_methods`) that hands the head the hidden states at flat `positions` only. In
@@ -253,7 +233,6 @@ def head_only_at(positions):
         return (outputs[0].reshape(-1, outputs[0].shape[-1]).at[positions].get(mode="clip")[None], *outputs[1:])
     return interceptor
 
-
 def loss_sums(params, batch, model, num_slots, dropout_rng=None):
     """Cross-entropy in float32 of the tokens with a label other than -100, summed, and the sums that means are of.
     `batch` holds input_ids, attention_mask and labels, [batch, length] int32. The head, most of the work in a small
@@ -261,45 +240,42 @@ def loss_sums(params, batch, model, num_slots, dropout_rng=None):
     labels, train = batch["labels"].reshape(-1), dropout_rng is not None
     (positions,) = jnp.nonzero(labels != IGNORE, size=num_slots(labels.size), fill_value=labels.size)
     labels = labels.at[positions].get(mode="fill", fill_value=IGNORE)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with nn.intercept_methods(head_only_at(positions)):
-        logits = model(**inputs, params=params, dropout_rng=dropout_rng, train=train, return_dict=False)[0]
+        options = {"params": params, "dropout_rng": dropout_rng, "train": train, "return_dict": False}
+        logits = model(batch["input_ids"], batch["attention_mask"], **options)[0]
     if logits.shape[:2] != (1, labels.size):  # a model of other anatomy: its head ran on every position
         logits = logits.reshape(-1, logits.shape[-1]).at[positions].get(mode="clip")[None]
     logits, predicted = logits[0].astype(jnp.float32), labels != IGNORE
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(predicted, labels, 0))
     sums = {"loss": jnp.where(predicted, losses, 0).sum(), "predicted": predicted.sum(dtype=jnp.float32)}
-    hits = {} if train else {"accuracy": (predicted & (logits.argmax(-1) == labels)).sum(dtype=jnp.float32)}
-    return sums["loss"], sums | hits
-
+    if not train:
+        sums["accuracy"] = (predicted & (logits.argmax(-1) == labels)).sum(dtype=jnp.float32)
+    return sums["loss"], sums
 
 def load_texts(args):
-    """Training and evaluation texts, rows with one column "text" (and "refs"); None where not asked for."""
-    options = {"cache_dir": args.cache_dir, "token": args.token}
-    if datasets.__version__ < "4":  # the last to take it
-        options["trust_remote_code"] = args.trust_remote_code
+    """Training and evaluation texts, rows with one column "text" and maybe "refs"; None where there are none."""
+    options = args.hub_options if datasets.__version__ < "4" else {"cache_dir": args.cache_dir, "token": args.token}
     builders = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
     source, splits, load = f"--dataset_name {args.dataset_name}", {}, partial(datasets.load_dataset, **options)
     if args.dataset_name:
-        splits = dict(explain(f"{source}: it cannot be read", load, args.dataset_name, args.dataset_config_name))
+        splits = dict(explain(f"{source}: unreadable", load, args.dataset_name, args.dataset_config_name))
     for split in ("train", "validation"):
-        if file := getattr(args, f"{split}_file"):
+        file, refs = getattr(args, f"{split}_file"), getattr(args, f"{split}_ref_file")
+        if file:
             source, kind = f"--{split}_file {file}", Path(file).suffix.lower().lstrip(".")
             require(kind in builders, f"{source}: its extension must be one of {', '.join(builders)}")
-            options = {"path": builders[kind], "data_files": [file], "split": "train"}
-            splits[split] = explain(f"{source}: it cannot be read", load, **options)
+            splits[split] = explain(f"{source}: unreadable", load, builders[kind], data_files=[file], split="train")
+        require(split in splits or not refs, f"--{split}_ref_file {refs}: there is no {split} text")
         if split in splits:
-            refs = getattr(args, f"{split}_ref_file")
             splits[split] = text_column(splits[split], args.text_column_name, refs, source)
     train, validation = splits.get("train"), splits.get("validation")
     require(train or (validation and not args.do_train), f"{source}: it has no training data, only {list(splits)}")
     if validation is None:
-        count, percentage = len(train) * args.validation_split_percentage // 100, args.validation_split_percentage
-        message = f"--validation_split_percentage {percentage} of {len(train)} texts is {count}"
+        count = len(train) * args.validation_split_percentage // 100
+        message = f"--validation_split_percentage {args.validation_split_percentage} of {len(train)} texts is {count}"
         require(0 < count < len(train) or not args.do_eval, f"{message}: raise it, or give --validation_file")
         train, validation = train.select(range(count, len(train))), train.select(range(count))
-    return train if args.do_train else None, validation if args.do_eval else None
-
+    return train, validation
 
 def text_column(dataset, wanted: str | None, ref_file: str | None, source: str):
     """The text column alone, as "text", and, as "refs", the positions of the tokens that continue a word."""
@@ -310,102 +286,91 @@ def text_column(dataset, wanted: str | None, ref_file: str | None, source: str):
     require(name in strings, f"{source}: column {name} holds {kinds[name]}, not text")
     dataset = dataset.select_columns([name]).rename_columns({name: "text"})
     if ref_file:
-        read = partial(Path(ref_file).read_text, encoding="utf-8")
-        lines = [line for line in explain(f"{ref_file}: it cannot be read", read).split("\n") if line.strip()]
-        parse = lambda: [list(map(int, json.loads(line))) for line in lines]  # noqa: E731
-        refs = explain(f"{ref_file}: each line must be a JSON list of positions", parse)
+        lines = Path(ref_file).read_text(encoding="utf-8").split("\n")
+        parse = lambda: [list(map(int, json.loads(line))) for line in lines if line.strip()]  # noqa: E731
+        refs = explain(f"{ref_file}: each line must be a JSON list of token positions", parse)
         filled = [bool(text and text.strip()) for text in dataset["text"]]
         require(len(refs) == sum(filled), f"{ref_file}: {len(refs)} lines for {sum(filled)} lines of text")
-        dataset = dataset.add_column("refs", [refs.pop(0) if line else [] for line in filled])
+        remaining = iter(refs)
+        dataset = dataset.add_column("refs", [next(remaining) if line else [] for line in filled])
     return dataset
 
-
 def encode(batch, tokenizer, max_length: int, line_by_line: bool, whole_words: bool):
-    """Texts, or their lines, to `input_ids`, and, with words or refs, marks of the tokens that continue a word."""
+    """Texts, or their lines, to `input_ids`, and `continues_word`, marks of tokens that go on with a word."""
     kept = [(row, text) for row, text in enumerate(batch["text"]) if text and not text.isspace()]
     if line_by_line:
         kept = [(row, line) for row, text in kept for line in text.split("\n") if line.strip()]
-    options = {"truncation": line_by_line, "max_length": max_length if line_by_line else None, "verbose": False}
-    texts = [text for _, text in kept]
-    encoded = tokenizer(texts, return_attention_mask=False, **options) if texts else {"input_ids": []}
-    columns = {"input_ids": encoded["input_ids"]}
-    if whole_words or "refs" in batch:
-        columns["continues_word"] = [np.zeros(len(ids), np.int8) for ids in encoded["input_ids"]]
-        for i, ((row, _), marks) in enumerate(zip(kept, columns["continues_word"], strict=True)):
-            if whole_words:
-                words = np.array([-1 if word is None else word for word in encoded.word_ids(i)])
-                marks[1:] = (words[1:] == words[:-1]) & (words[1:] >= 0)
-            refs = batch["refs"][row] if "refs" in batch else []
-            marks[[position for position in refs if position < len(marks)]] = 1  # beyond: cut off
-    return columns
-
+    texts, cut = [text for _, text in kept], {"truncation": True, "max_length": max_length} if line_by_line else {}
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False, **cut) if texts else {"input_ids": []}
+    marks = [np.zeros(len(ids), np.int8) for ids in encoded["input_ids"]]
+    for i, (row, _) in enumerate(kept):
+        if whole_words:
+            words = np.array([-1 if word is None else word for word in encoded.word_ids(i)])
+            marks[i][1:] = (words[1:] == words[:-1]) & (words[1:] >= 0)
+        if "refs" in batch:
+            marks[i][[position for position in batch["refs"][row] if position < len(marks[i])]] = 1
+    return {"input_ids": encoded["input_ids"], "continues_word": marks}
 
 class Sequences(NamedTuple):
     """Tokenized sequences end to end, so that a batch is one NumPy gather."""
-    columns: dict[str, np.ndarray]  # input_ids, [tokens] int32, and maybe continues_word, [tokens] int8
-    starts: np.ndarray  # [sequences] int64
-    ends: np.ndarray  # [sequences] int64
+    input_ids: np.ndarray  # [tokens] int32
+    continues_word: np.ndarray  # [tokens] int8, 1 where a token goes on with a word
+    starts: np.ndarray  # [sequences] int64, as `ends`
+    ends: np.ndarray
     max_length: int
     multiple: int  # sequences are padded to a multiple of this
 
-
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
     """Lines cut off at `max_length`, or blocks of `max_length` tokens out of all texts end to end."""
-    kinds, options = {"input_ids": "int32"}, {"line_by_line": args.line_by_line, "whole_words": args.whole_word_mask}
-    kinds |= {"continues_word": "int8"} if args.whole_word_mask or "refs" in dataset.column_names else {}
+    options = {"max_length": max_length, "line_by_line": args.line_by_line, "whole_words": args.whole_word_mask}
+    kinds = {"input_ids": datasets.Value("int32"), "continues_word": datasets.Value("int8")}
     encoded = dataset.map(
-        partial(encode, tokenizer=tokenizer, max_length=max_length, **options), batched=True,
-        features=datasets.Features({name: datasets.Sequence(datasets.Value(kind)) for name, kind in kinds.items()}),
-        remove_columns=dataset.column_names, load_from_cache_file=not args.overwrite_cache,
-        num_proc=args.preprocessing_num_workers, desc=f"Tokenizing {what} data")
+        partial(encode, tokenizer=tokenizer, **options), batched=True, remove_columns=dataset.column_names,
+        features=datasets.Features({name: datasets.Sequence(kind) for name, kind in kinds.items()}),
+        num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache, desc=f"{what} data")
     require(len(encoded), f"the {what} data has no text: all of its {len(dataset)} rows are blank")
     chunks = {name: encoded.data.column(name).chunks for name in kinds}
-    columns = {name: np.concatenate([chunk.flatten().to_numpy() for chunk in chunks[name]]) for name in kinds}
-    num_tokens, multiple = len(columns["input_ids"]), max_length
-    ends = np.arange(max_length, num_tokens + 1, max_length)
+    columns = [np.concatenate([chunk.flatten().to_numpy() for chunk in chunks[name]]) for name in kinds]
+    ends, multiple = np.arange(max_length, len(columns[0]) + 1, max_length), max_length
     if args.line_by_line:
         ends = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks["input_ids"]]).cumsum()
         multiple = max_length if args.pad_to_max_length else 16
-    require(len(ends), f"too little {what} data: {num_tokens} tokens do not fill a block of {max_length}")
-    return Sequences(columns, np.concatenate([[0], ends[:-1]])[:limit], ends[:limit], max_length, multiple)
-
+    require(len(ends), f"too little {what} data: {len(columns[0])} tokens do not fill a block of {max_length}")
+    return Sequences(*columns, np.concatenate([[0], ends[:-1]])[:limit], ends[:limit], max_length, multiple)
 
 def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
     """This process's part of the global batch of `rows`: arrays [local devices, *shape, length] int32. Rows of -1 fill
     up a partial batch and have no labels. `first_row` counts the rows before in the draws of `seed`."""
-    longest, multiple = np.max(sequences.ends[rows] - sequences.starts[rows]), sequences.multiple
-    length = min(sequences.max_length, multiple * math.ceil(longest / multiple))
+    longest = np.max(sequences.ends[rows] - sequences.starts[rows])
+    length = min(sequences.max_length, sequences.multiple * math.ceil(longest / sequences.multiple))
     local = np.split(rows, jax.process_count())[jax.process_index()]
-    index = sequences.starts[local, None] + np.arange(length)
-    inside, index = index < sequences.ends[local, None], np.minimum(index, len(sequences.columns["input_ids"]) - 1)
-    batch = {name: np.where(inside, column[index], column.dtype.type(0)) for name, column in sequences.columns.items()}
-    batch["input_ids"][~inside] = collator.tokenizer.pad_token_id or 0
     first_row += jax.process_index() * len(local)
+    index = sequences.starts[local, None] + np.arange(length)
+    inside, index = index < sequences.ends[local, None], np.minimum(index, len(sequences.input_ids) - 1)
+    input_ids = np.where(inside, sequences.input_ids[index], np.int32(collator.tokenizer.pad_token_id or 0))
+    batch = {"input_ids": input_ids, "attention_mask": inside.astype(np.int32)}
+    batch |= {"continues_word": sequences.continues_word[index]} if collator.whole_words else {}
     rng = np.random.Generator(np.random.PCG64(seed).advance(first_row * collator.max_length))
-    batch = collator({**batch, "attention_mask": inside.astype(np.int32)}, rng, group_size=shape[-1])
+    batch = collator(batch, rng, group_size=shape[-1])
     batch["labels"][local < 0] = IGNORE
     return {name: array.reshape(jax.local_device_count(), *shape, length) for name, array in batch.items()}
 
-
 def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int, int]):
     """The batches of `steps`, each a function of the seed and its number; an epoch is a permutation of all rows."""
-    batch_size, current_epoch = jax.device_count() * math.prod(shape), None
+    num_rows, batch_size = len(sequences.ends), jax.device_count() * math.prod(shape)
+    permutation = lru_cache(1)(lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(num_rows))
     for step in steps:
-        epoch, index = divmod(step, len(sequences.ends) // batch_size)
-        if epoch != current_epoch:
-            order, current_epoch = np.random.default_rng((seed, 0, epoch)).permutation(len(sequences.ends)), epoch
-        rows = order[index * batch_size : (index + 1) * batch_size]
+        epoch, index = divmod(step, num_rows // batch_size)
+        rows = permutation(epoch)[index * batch_size : (index + 1) * batch_size]
         yield make_batch(sequences, rows, collator, (seed, 1, step), 0, shape)
-
 
 def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
     """Every row once, masked alike in every evaluation and on any number of devices."""
-    batch_size = jax.device_count() * per_device_batch_size
-    for start in range(0, len(sequences.ends), batch_size):
+    num_rows, batch_size = len(sequences.ends), jax.device_count() * per_device_batch_size
+    for start in range(0, num_rows, batch_size):
         rows = np.arange(start, start + batch_size)
-        rows[rows >= len(sequences.ends)] = -1
+        rows[rows >= num_rows] = -1
         yield make_batch(sequences, rows, collator, (seed, 2), start, (per_device_batch_size,))
-
 
 def prefetch(batches, size: int = 2):
     """`batches` on the devices, made in a background thread up to `size` ahead of their use."""
@@ -416,7 +381,6 @@ def prefetch(batches, size: int = 2):
             pending.append(pool.submit(next, batches, None))
             yield batch
 
-
 def load_config_and_tokenizer(args):
     """The config, its vocabulary as large as the tokenizer's at least, the tokenizer, and the sequence length."""
     name, load = args.config_name or args.model_name_or_path, partial(AutoConfig.from_pretrained, **args.hub_options)
@@ -425,7 +389,6 @@ def load_config_and_tokenizer(args):
     require(args.model_type in (None, found), f"--model_type {args.model_type}: {name} is of type {found}")
     require(supported, f"{name}: type {found} has no masked-language model in Flax")
     name = args.tokenizer_name or args.model_name_or_path
-    require(name, "no tokenizer: give --tokenizer_name or --model_name_or_path")
     load = partial(AutoTokenizer.from_pretrained, use_fast=args.use_fast_tokenizer, **args.hub_options)
     tokenizer = explain(f"{name} has no tokenizer", load, name)
     require(tokenizer.pad_token or not args.line_by_line, f"{name}: no pad token, which --line_by_line needs")
@@ -440,29 +403,23 @@ def load_config_and_tokenizer(args):
     require((wanted or 0) <= positions, f"--max_seq_length {wanted}: the model has {positions} positions")
     return config, tokenizer, wanted or min(tokenizer.model_max_length, positions)
 
-
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
-    options, params, name = {"dtype": getattr(jnp, args.dtype), "_do_init": False}, {}, args.model_name_or_path
-    if name:
-        load = partial(FlaxAutoModelForMaskedLM.from_pretrained, config=config, **options, **args.hub_options)
-        model, params = explain(f"{name} has no model of type {config.model_type}", load, name)
-    else:
-        model = FlaxAutoModelForMaskedLM.from_config(config, **options)
-    if args.gradient_checkpointing:
-        explain(f"--gradient_checkpointing: {type(model).__name__} has none", model.enable_gradient_checkpointing)
+    options, name = {"config": config, "dtype": getattr(jnp, args.dtype), "_do_init": False}, args.model_name_or_path
+    load = partial(FlaxAutoModelForMaskedLM.from_pretrained, **options, **args.hub_options)
+    scratch = lambda _: (FlaxAutoModelForMaskedLM.from_config(**options), {})  # noqa: E731
+    model, params = explain(f"{name} has no model of type {config.model_type}", load if name else scratch, name)
+    checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
+    checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
     params = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params).items()}
     if missing := model.required_params - set(params):
-        if params:
-            logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
+        params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
         init = jax.jit(model.init_weights, static_argnums=1)(jax.random.PRNGKey(args.seed), model.input_shape)
         params.update({path: x for path, x in flatten_dict(init).items() if path in missing})
     return model, unflatten_dict(params)
 
-
 def make_optimizer(args, num_steps: int):
-    """AdamW or Adafactor, decaying matrices that are not biases, at the pace of the learning rate; and the learning
-    rate by step: linear warm-up to the peak, then the schedule, to zero at `num_steps`."""
+    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; and the learning rate by step."""
     peak, warmup, decay_steps = args.learning_rate, args.warmup_steps, max(1, num_steps - args.warmup_steps)
     after = {
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
@@ -476,25 +433,20 @@ def make_optimizer(args, num_steps: int):
         decay = (lambda step: args.weight_decay * schedule(step)) if args.weight_decay else None
         optimizer = optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=matrices)
     else:
-        moments = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
-        optimizer = optax.adamw(schedule, **moments, weight_decay=args.weight_decay, mask=matrices)
-    clip = [optax.clip_by_global_norm(args.max_grad_norm)] if args.max_grad_norm else []
-    return optax.chain(*clip, optimizer), schedule
-
+        adam = partial(optax.adamw, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon)
+        optimizer = adam(schedule, weight_decay=args.weight_decay, mask=matrices)
+    clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
+    return optax.chain(clip, optimizer), schedule
 
 def train_step(state, totals, batch, model, num_slots, seed):
-    """One optimizer step on one device of axis "batch"; leaves of `batch` are [accumulation, batch, length] int32.
-    Gradients of the summed loss are summed over micro-batches and devices, then divided once by the predicted tokens
-    of them all. `totals` are sums since the last log line."""
+    """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since
+    the last log line. Gradients of the summed loss are summed over micro-batches and devices, and divided once."""
     rng = jax.random.fold_in(jax.random.key(seed, impl=DROPOUT_PRNG), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
-
     def micro_step(sums, inputs):
         micro_batch, index = inputs
-        grad_fn = jax.grad(loss_sums, has_aux=True)
-        step = grad_fn(state.params, micro_batch, model, num_slots, jax.random.fold_in(rng, index))
-        return jax.tree.map(jnp.add, sums, step), None
-
+        grad_fn, key = jax.grad(loss_sums, has_aux=True), jax.random.fold_in(rng, index)
+        return jax.tree.map(jnp.add, sums, grad_fn(state.params, micro_batch, model, num_slots, key)), None
     zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": 0.0, "predicted": 0.0}))
     (grads, sums), _ = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(len(batch["labels"]))))
     sums["tokens"] = batch["attention_mask"].sum(dtype=jnp.float32)
@@ -503,18 +455,13 @@ def train_step(state, totals, batch, model, num_slots, seed):
     sums["grad_norm"] = optax.global_norm(grads)
     return state.apply_gradients(grads=grads), jax.tree.map(jnp.add, totals, sums)
 
-
-def evaluate(p_eval_step, sequences, collator, args, caught, params) -> dict[str, float]:
-    """Mean loss and accuracy of all predicted tokens, and perplexity; nothing where a signal was caught."""
-    sums = []
-    for batch in prefetch(eval_batches(sequences, collator, args.seed, args.per_device_eval_batch_size)):
-        sums.append(p_eval_step(params, batch))
-        if caught and jax.process_count() == 1:
-            return {}
+def evaluate(p_eval_step, sequences, collator, args, params) -> dict[str, float]:
+    """Mean loss and accuracy of all predicted tokens, and perplexity."""
+    batches = eval_batches(sequences, collator, args.seed, args.per_device_eval_batch_size)
+    sums = [p_eval_step(params, batch) for batch in prefetch(batches)]
     sums = {name: sum(float(np.asarray(batch[name])[0]) for batch in sums) for name in sums[0]}
     loss, accuracy = (sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy"))
     return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": math.exp(min(loss, 700))}
-
 
 def shard(tree):
     """Arrays [local devices, ...] onto the local devices, on the mesh where pmap over "batch" puts its own output; on
@@ -522,14 +469,8 @@ def shard(tree):
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("batch",))
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch")))
 
-
-def replicate(tree):
-    return shard(jax.tree.map(lambda x: np.broadcast_to(x, (jax.local_device_count(), *np.shape(x))), tree))
-
-
 class TrainingLog:
     """Log lines and TensorBoard scalars; values are fetched a step late, when the devices have the next one to do."""
-
     def __init__(self, output_dir: Path):
         self.writer, self.due, self.results = Writer(str(output_dir)) if jax.process_index() == 0 else None, None, {}
         self.start = self.last = time.perf_counter()
@@ -538,8 +479,7 @@ class TrainingLog:
         for name, value in values.items() if self.writer else ():
             self.writer.add_scalar(name, value, step)
             self.writer.flush()
-        if values:
-            logger.info(f"Step {step}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
+        logger.info(f"Step {step}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
 
     def flush(self, schedule):
         """Writes the means that are due. Raises InputError if loss or gradients are not finite."""
@@ -553,20 +493,13 @@ class TrainingLog:
             self.results, self.last = {f"train_{name}": value for name, value in means.items()}, now
             self.scalars(self.results, step)
 
-
-def write_file(path: Path, content: str):
-    """Writes aside and renames, so that the file is there whole or not at all."""
-    path.with_suffix(".tmp").write_text(content)
-    path.with_suffix(".tmp").replace(path)
-
-
 def write_results(output_dir: Path, results: dict[str, float], split: str):
-    """SPLIT_results.json, and the same values among those of all_results.json."""
+    """SPLIT_results.json, and the same values among those of all_results.json, each written aside and renamed."""
     path = output_dir / "all_results.json"
-    everything = {**(json.loads(path.read_text()) if path.exists() else {}), **results}
-    write_file(output_dir / f"{split}_results.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
-    write_file(path, json.dumps(everything, indent=2, sort_keys=True) + "\n")
-
+    every = {**(json.loads(path.read_text()) if path.exists() else {}), **results}
+    for name, content in ((path.name, every), (f"{split}_results.json", results)):
+        (output_dir / f"{name}.tmp").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        (output_dir / f"{name}.tmp").replace(output_dir / name)
 
 def to_pytorch(params) -> dict[str, np.ndarray]:
     """Flax parameters under the names and in the layout of Transformers' PyTorch classes."""
@@ -574,100 +507,76 @@ def to_pytorch(params) -> dict[str, np.ndarray]:
     named = {(*path, names.get(name, name)): x.T if name == "kernel" else x for (*path, name), x in flat.items()}
     return {".".join(path): np.ascontiguousarray(x) for path, x in named.items()}
 
-
-def named_leaves(tree) -> dict:
-    keystr = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 class Saver(ThreadPoolExecutor):
-    """Writes what a run leaves, in the background: checkpoints, and beside them the model, with its upload."""
-
+    """Writes what a run leaves, in the background: a checkpoint, then the model, then the upload."""
     def __init__(self, args, model, tokenizer, run: dict, step: int, upload):
-        super().__init__(2)
-        self.model, self.tokenizer, self.run, self.upload = model, tokenizer, run, upload
-        self.output_dir, self.saving, self.publishing = Path(args.output_dir), None, None
-        checkpoints, aside = self.output_dir / "checkpoints", self.output_dir / ".tmp"
-        shutil.rmtree(aside, ignore_errors=True)
+        super().__init__(1)
+        self.model, self.tokenizer, self.run, self.upload, self.saving = model, tokenizer, run, upload, None
+        self.output_dir, checkpoints = Path(args.output_dir), Path(args.output_dir).absolute() / "checkpoints"
+        shutil.rmtree(self.output_dir / ".tmp", ignore_errors=True)
         if args.overwrite_output_dir and args.resume_from_checkpoint is None and checkpoints.exists():
-            shutil.rmtree(checkpoints.rename(aside))  # gone at once, not bit by bit
+            shutil.rmtree(checkpoints.rename(self.output_dir / ".tmp"))  # gone at once, not bit by bit
         checkpoints.mkdir(parents=True, exist_ok=True)
         options = CheckpointOptions(max_to_keep=args.save_total_limit, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(checkpoints.absolute(), options=options)
-        for later in (found for found in self.manager.all_steps() if found > step):
-            self.manager.delete(later)
+        self.manager = ocp.CheckpointManager(checkpoints, options=options)
+        [self.manager.delete(later) for later in self.manager.all_steps() if later > step]
 
-    def save(self, state, step: int, last: bool):
-        """Returns as soon as `state` is copied from the device and the save before is written."""
-        flat = {name: x.addressable_shards[0].data for name, x in named_leaves(state).items()}
-        for x in flat.values():  # all transfers at once, and no program, as x[0] would run
-            x.copy_to_host_async()
-        flat = {name: np.array(x)[0] for name, x in flat.items()}
-        uploading = self.upload and self.publishing and not self.publishing.done()
-        self.wait(self.saving, None if uploading and not last else self.publishing)
-        self.saving = self.submit(self.write, flat, step)
-        if last or not uploading:  # else the network is slow: a later save will do
-            self.publishing = self.submit(self.publish, flat, step)
+    def save(self, state, step: int):
+        """Returns as soon as `state` is copied from the device and the save before is done."""
+        state = jax.tree.map(lambda x: x.addressable_shards[0].data, state)  # without the program that x[0] runs
+        jax.tree.map(lambda x: x.copy_to_host_async(), state)  # all transfers at once
+        state = jax.tree.map(lambda x: np.array(x)[0], state)
+        self.wait()
+        self.saving = self.submit(self.write, state, step)
 
-    def wait(self, *futures):
-        for future in filter(None, futures):
-            explain(f"{self.output_dir}: a save failed, those before it are whole", future.result)
+    def wait(self):
+        self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
 
-    def write(self, flat: dict[str, np.ndarray], step: int):
+    def write(self, state, step: int):
         if step not in self.manager.all_steps():
-            items = {"state": ocp.args.StandardSave(flat), "run": ocp.args.JsonSave(self.run)}
+            items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self.run)}
             self.manager.save(step, args=ocp.args.Composite(**items))
-
-    def publish(self, flat: dict[str, np.ndarray], step: int):
-        params = unflatten_dict({name[7:]: x for name, x in flat.items() if name.startswith("params/")}, sep="/")
         aside = self.output_dir / ".tmp"
-        self.model.save_pretrained(aside, params=params)
+        self.model.save_pretrained(aside, params=state.params)
         self.tokenizer.save_pretrained(aside)
-        save_file(to_pytorch(params), aside / "model.safetensors", metadata={"format": "pt"})
+        save_file(to_pytorch(state.params), aside / "model.safetensors", metadata={"format": "pt"})
         (aside / "model.safetensors").chmod((aside / "config.json").stat().st_mode)  # safetensors 0.8: owner only
         for file in aside.iterdir():
             file.replace(self.output_dir / file.name)
         try:
             self.upload and self.upload(f"Step {step}", "events.*")  # which still grow
-        except Exception as error:  # of the network, of the server
+        except Exception as error:  # of the network or the server
             logger.warning(f"The upload of step {step} failed, the next repairs it: {' '.join(str(error).split())}")
-
 
 def find_checkpoints(args) -> list[Path]:
     """The checkpoints to resume from, newest first. Raises InputError where the run may not or can not write."""
-    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    output_dir, wanted = Path(args.output_dir).absolute(), args.resume_from_checkpoint
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     require(parent.is_dir() and os.access(parent, os.W_OK), f"--output_dir {output_dir}: {parent} is not writable")
-    ours = parent != output_dir or not any(output_dir.iterdir()) or (output_dir / "checkpoints").is_dir()
-    ours = ours or args.overwrite_output_dir or wanted is not None
-    require(ours, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
+    ours = args.overwrite_output_dir or wanted is not None or (output_dir / "checkpoints").is_dir()
+    empty = parent != output_dir or not any(output_dir.iterdir())
+    require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
     path = Path(wanted or output_dir).absolute()
-    found = [path] if wanted and path.name.isdigit() else [*path.glob("checkpoints/*"), *path.glob("[0-9]*")]
-    found = [path for path in found if path.name.isdigit() and path.is_dir()]
+    found = [path for path in (path, *path.glob("*/*")) if path.parent.name == "checkpoints" and path.name.isdigit()]
     require(found or wanted is None, f"--resume_from_checkpoint {wanted}: it has no checkpoint")
     found = [] if args.overwrite_output_dir and wanted is None else found
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
-
 def restore(checkpoints: list[Path], state, run: dict):
     """The first readable checkpoint, as a host copy of `state`, and its step. Raises InputError if of another run."""
-    # Orbax (0.12.8) leaves reads pending where one fails, and each then prints a traceback of its own
-    sys.excepthook = lambda *error: "loop is closed" in str(error[1]) or sys.__excepthook__(*error)
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
     for path in checkpoints:
+        manager, step = ocp.CheckpointManager(path.parent, options=CheckpointOptions(read_only=True)), int(path.name)
         try:
-            manager = ocp.CheckpointManager(path.parent, options=CheckpointOptions(read_only=True))
-            found = manager.restore(int(path.name), args=items)
+            found = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+            for name, value in run.items():
+                require(found[name] == value, f"{path}: its {name} is {found[name]}, of this run {value}")
+            return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state, step
+        except InputError:
+            raise
         except Exception as error:  # whatever a damaged file makes of it
             logger.warning(f"{path} cannot be read and is skipped: {str(error).splitlines()[0][:200]}")
-            time.sleep(0.5)  # until the reads left pending have ended
-            continue
-        for name, value in run.items():
-            require(found.run[name] == value, f"{path}: its {name} is {found.run[name]}, of this run {value}")
-        leaves = [found.state[name] for name in named_leaves(state)]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), int(path.name)
+            time.sleep(0.5)  # for the reads that Orbax leaves pending
     raise InputError(f"{checkpoints[0].parent}: no checkpoint can be read; --overwrite_output_dir starts over")
-
 
 def connect_hub(args):
     """Creates the repository and returns a function that uploads output_dir to it. Raises InputError."""
@@ -677,55 +586,39 @@ def connect_hub(args):
     repo_id = explain(problem, api.create_repo, name, exist_ok=True).repo_id
     attempt = huggingface_hub.CommitOperationAdd("README.md", b"-")  # whose first step tells if the token may write
     explain(problem, api.preupload_lfs_files, repo_id, [attempt])
-
-    def upload(message: str, *ignored: str):
-        ignored = ["checkpoints/**", ".tmp/**", "*.tmp", *ignored]
-        api.upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message, ignore_patterns=ignored)
-    return upload
-
-
-def write_card(output_dir: Path, model, results: dict[str, float]):
-    """README.md for the Hub, unless somebody else's is there."""
-    path, mark = output_dir / "README.md", f"# written by {Path(__file__).name}"
-    if not path.exists() or mark in path.read_text():
-        table = "".join(f"| {name} | {value:.4f} |\n" for name, value in results.items())
-        tags = f"library_name: transformers\npipeline_tag: fill-mask\ntags: [flax, {model.config.model_type}]"
-        title = f"# {path.absolute().parent.name}\n\n| result | value |\n|---|---|"
-        write_file(path, f"---\n{mark}\n{tags}\n---\n\n{title}\n{table}")
-
+    upload, ignored = partial(api.upload_folder, repo_id=repo_id, folder_path=output_dir), ["checkpoints/**", "*.tmp*"]
+    return lambda message, *more: upload(commit_message=message, ignore_patterns=[*ignored, *more])
 
 def set_up(args):
     """This process's part in the cluster, logging, and a compilation cache that makes the second start fast."""
     if args.distributed:
-        names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        numbers = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
+        keys = [key for key in ("num_processes", "process_id") if f"JAX_{key.upper()}" in os.environ]
+        numbers = {key: int(os.environ[f"JAX_{key.upper()}"]) for key in keys}
         explain("--distributed: no cluster", jax.distributed.initialize, **numbers)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level="ERROR", force=True)
-    logger.setLevel("INFO" if jax.process_index() == 0 else "ERROR")
+    logger.setLevel("ERROR" if args.distributed and jax.process_index() else "INFO")
+    # Orbax (0.12.8) logs what it raises, too, and leaves reads and writes pending where one fails: each would print
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda error: "loop is closed" in str(error.exc_value) or sys.__unraisablehook__(error)
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
     huggingface_hub.utils.disable_progress_bars()  # of uploads in the background
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    if jax.config.jax_compilation_cache_dir is None:
-        home = Path(args.cache_dir or huggingface_hub.constants.HF_HOME)
-        jax.config.update("jax_compilation_cache_dir", str(home / "jax-compilation-cache"))
+    sys.stderr.isatty() or datasets.disable_progress_bars()
+    cache = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "jax-compilation-cache")
+    jax.config.jax_compilation_cache_dir or jax.config.update("jax_compilation_cache_dir", str(cache))
 
-
-def main(args: Namespace) -> int:
+def main(args) -> int:
     set_up(args)
-    is_writer, output_dir, step, stopping, caught = jax.process_index() == 0, Path(args.output_dir), 0, 0, []
+    is_writer = not args.distributed or jax.process_index() == 0  # no devices yet: data is read by forked processes
+    output_dir, step, stopping, caught = Path(args.output_dir), 0, 0, []  # caught: signals, for the loop to stop at
     checkpoints = find_checkpoints(args) if args.do_train and is_writer else []
     upload = connect_hub(args) if args.push_to_hub and is_writer else None
-
     config, tokenizer, max_length = load_config_and_tokenizer(args)
     whole_words = bool(args.whole_word_mask or args.train_ref_file or args.validation_ref_file)
     collator = FlaxDataCollatorForLanguageModeling(tokenizer, max_length, args.mlm_probability, whole_words)
     train_texts, eval_texts = load_texts(args)
-    read = partial(tokenize, tokenizer=tokenizer, max_length=max_length, args=args)
-    train_set = read(train_texts, limit=args.max_train_samples, what="training") if args.do_train else None
-    eval_set = read(eval_texts, limit=args.max_eval_samples, what="evaluation") if args.do_eval else None
-
+    train_set = args.do_train and tokenize(train_texts, tokenizer, max_length, args, args.max_train_samples, "train")
+    eval_set = args.do_eval and tokenize(eval_texts, tokenizer, max_length, args, args.max_eval_samples, "evaluation")
     shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
     batch_size, num_sequences = jax.device_count() * math.prod(shape), len(train_set.ends) if train_set else 0
     steps_per_epoch, sizes = num_sequences // batch_size, f"{num_sequences:,} sequences of {max_length} tokens"
@@ -734,27 +627,26 @@ def main(args: Namespace) -> int:
 
     model, params = load_model(args, config)
     optimizer, schedule = make_optimizer(args, num_steps)
-    state = jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params)
+    state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
     run = {name: x for name, x in json.loads(config.to_json_string()).items() if name != "transformers_version"}
     run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
     if checkpoints:
         state, step = restore(checkpoints, state, run)
     if jax.process_count() > 1:
         state, step = multihost_utils.broadcast_one_to_all((state, step))
-    state, first_step = replicate(state), int(step)
+    copies = lambda x: np.broadcast_to(x, (jax.local_device_count(), *np.shape(x)))  # noqa: E731
+    state, first_step = shard(jax.tree.map(copies, state)), int(step)
     saver = Saver(args, model, tokenizer, run, first_step, upload) if args.do_train and is_writer else None
     log = TrainingLog(output_dir)
-
     fixed = {"model": model, "num_slots": collator.num_slots}
     p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
-    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args, caught)
+    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args)
     if args.do_train:
-        logger.info(
-            f"Training {sum(x.size for x in jax.tree.leaves(params)):,} parameters on {sizes}, from step {first_step} "
-            f"to {num_steps}, {num_steps / steps_per_epoch:.2f} epochs; a step takes {jax.device_count()} devices x "
-            f"{shape[0]} x {shape[1]} = {batch_size} sequences.")
-        zeros = totals = replicate(dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), np.float32(0)))
+        num_params, devices = sum(x.size for x in jax.tree.leaves(params)), jax.device_count()
+        logger.info(f"Training {num_params:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "
+                    f"{devices} devices x {shape[0]} x {shape[1]} = {batch_size}, an epoch {steps_per_epoch} steps.")
+        zeros = totals = shard(dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), copies(np.float32(0))))
         for number in (signal.SIGTERM, signal.SIGINT):  # noted, for the loop to save and stop; a second one kills
             signal.signal(number, lambda number, _: (caught.append(number), signal.signal(number, signal.SIG_DFL)))
         batches = prefetch(train_batches(train_set, collator, args.seed, range(first_step, num_steps), shape))
@@ -765,49 +657,43 @@ def main(args: Namespace) -> int:
                 stopping = max(caught, default=0)
                 if jax.process_count() > 1:  # what any process was told; they ask each other every tenth step
                     stopping = int(multihost_utils.process_allgather(stopping).max()) if step % 10 == 0 else 0
-                saving = step % args.save_steps == 0 or step == num_steps or stopping
-                if step % args.logging_steps == 0 or saving:
+                last = stopping or step == num_steps
+                if step % args.logging_steps == 0 or step % args.save_steps == 0 or last:
                     log.due, totals = (step, totals), zeros
-                if saving:
+                if step % args.save_steps == 0 or last:
                     log.flush(schedule)
-                    saver and saver.save(state, step, last=stopping or step == num_steps)
+                    saver and saver.save(state, step)
                 if stopping:
                     break
-                if args.do_eval and step % (args.eval_steps or steps_per_epoch) == 0 and step < num_steps:
+                if args.do_eval and step % (args.eval_steps or steps_per_epoch) == 0 and not last:
                     log.scalars(evaluation(state.params), step)
             if saver and step == first_step:  # no step was left, but the run before may have ended before its export
-                saver.save(state, step, last=True)
-            saver and saver.wait(saver.saving, saver.publishing)
-        batches.close()
+                saver.save(state, step)
+            saver and saver.wait()
         saver and log.results and write_results(output_dir, log.results, "train")
-    results = evaluation(state.params) if args.do_eval and not stopping else {}
-    log.scalars(results, step)
-    if is_writer:
-        log.writer.close()
-        results and write_results(output_dir, results, "eval")
+    if args.do_eval and not stopping:
+        results = evaluation(state.params)
+        log.scalars(results, step)
+        is_writer and write_results(output_dir, results, "eval")
     if upload and not stopping:
-        write_card(output_dir, model, results)
+        card, tags = output_dir / "README.md", ["flax", config.model_type]
+        card.exists() or huggingface_hub.metadata_save(card, {"library_name": "transformers", "tags": tags})
         explain("--push_to_hub: the last upload failed, output_dir has it all", upload, "End of training")
     stopping = stopping or max(caught, default=0)
     return 128 + stopping if stopping else 0
 
-
 def cli(argv: list[str] | None = None) -> int:
     """Runs `main`. What a user can mend is one line: status 2 for the command line, 1 for data or environment."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training starts
-    status = 2
+    args = None
+    for number in (signal.SIGTERM, signal.SIGINT):  # until training starts
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         args = parse_args(argv)
-        status = 1
         return main(args)
-    except KeyboardInterrupt:
-        return 130
     except (InputError, OSError) as error:
         print(" ".join(f"{Path(__file__).name}: error: {error}".split()), file=sys.stderr, flush=True)
-        if status == 1 and jax.process_count() > 1:
-            os._exit(status)  # the other processes wait for this one, and it would wait for them
-        return status
-
+        args and args.distributed and os._exit(1)  # the other processes wait for this one, and it would for them
+        return 1 if args else 2
 
 if __name__ == "__main__":
     sys.exit(cli())

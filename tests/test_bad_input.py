@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
-from training_scripts import LENGTH, NUM_WORDS, SCRIPTS, Place, Script, child_environment, word_tokenizer
+from training_scripts import LENGTH, NUM_WORDS, SCRIPTS, Place, Script, child_environment, snapshot, word_tokenizer
 
 SECRET = "hf_aSecretOfTheTests"
 
@@ -89,12 +89,6 @@ SETTINGS = {
 @cache
 def flags_of(script: Script) -> set[str]:
     return set(re.findall(r"^    (\w+): ", script.path.read_text(), re.MULTILINE))
-
-
-def snapshot(directory: Path) -> dict:
-    """Names, sizes and times of all that is there."""
-    paths = [directory, *directory.rglob("*")]
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 def check_refused(run, status: int, words):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_scripts import SCRIPTS, Place, Script, child_environment
+from training_scripts import SCRIPTS, Place, Script, checkpoints, child_environment, snapshot
 
 STEPS, KEPT = 30, 5
 TRAINING = {"max_steps": STEPS, "save_steps": 3, "save_total_limit": KEPT, "logging_steps": 1, "eval_steps": 20}
@@ -20,11 +20,6 @@ EXPORTED = ("config.json", "flax_model.msgpack", "model.safetensors", "tokenizer
 
 
 # -------------------------------------------------------------------------------------------------------- readers
-
-
-def checkpoints(output_dir: Path) -> list[int]:
-    folder = output_dir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 def state_of(checkpoint: Path) -> dict[str, np.ndarray]:
@@ -343,12 +338,6 @@ def test_only_damaged_checkpoints(place, copied):
     assert "checkpoints" in error
     assert "--overwrite_output_dir" in error
     assert snapshot(copied) == before
-
-
-def snapshot(directory: Path) -> dict:
-    """Names, sizes and times of all that is there."""
-    paths = [directory, *directory.rglob("*")]
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 # ----------------------------------------------------------------------------------------------------------- resume

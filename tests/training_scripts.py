@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 NUM_WORDS = 60
 LENGTH = 32
@@ -110,8 +108,6 @@ SCRIPTS = [
     ),
 ]
 
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=str, scope="module")
-
 
 class Place:
     """A folder with all that a run needs, and the runs in it."""
@@ -156,6 +152,21 @@ class Place:
     def run(self, output_dir, **options) -> "Run":
         """A run to its end."""
         return self.start(output_dir, **options).wait()
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+def checkpoints(output_dir: Path) -> list[int]:
+    """The steps that have one."""
+    folder = output_dir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+
+def snapshot(directory: Path) -> dict:
+    """Names, sizes and times of all that is there."""
+    paths = [directory, *directory.rglob("*")]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 # ---------------------------------------------------------------------------------------------------- fork server

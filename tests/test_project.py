@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import packages_distributions
+from collections import defaultdict
+from functools import cache
+from importlib import metadata as installed
 from pathlib import Path
 
 import pytest
@@ -52,11 +54,23 @@ def imports(script: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
+@cache
+def installed_packages() -> dict[str, set[str]]:
+    """Each top-level package or module to the distributions with files in it.
+
+    `importlib.metadata.packages_distributions` of Python 3.10 misses those without a top_level.txt.
+    """
+    packages = defaultdict(set)
+    for distribution in installed.distributions():
+        name = canonicalize_name(distribution.metadata["Name"])
+        for top in {file.parts[0].removesuffix(".py") for file in distribution.files or []}:
+            packages[top].add(name)
+    return packages
+
+
 def distributions(script: Path) -> dict[str, set[str]]:
     """Each third-party package that a script imports, to the distributions that may have brought it."""
-    known = packages_distributions()
-    third_party = imports(script) - set(sys.stdlib_module_names)
-    return {name: {canonicalize_name(one) for one in known.get(name, [])} for name in third_party}
+    return {name: installed_packages().get(name, set()) for name in imports(script) - set(sys.stdlib_module_names)}
 
 
 def test_the_first_script_is_here():

@@ -1,0 +1,145 @@
+"""The same training on one device, on eight, and on two processes with four devices each."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from training_scripts import SCRIPTS, Place, checkpoints
+
+STEPS = 30
+TRAINING = {"max_steps": STEPS, "save_steps": 3, "save_total_limit": 20, "logging_steps": 1, "eval_steps": 20}
+ONE_EACH = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    """Step to training loss, from TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    values = {}
+    for path in output_dir.glob("events.out.tfevents.*"):
+        events = EventAccumulator(str(path), size_guidance={"tensors": 0}).Reload()
+        if "train_loss" in events.Tags()["tensors"]:
+            values.update((e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors("train_loss"))
+    return values
+
+
+def evaluation(output_dir: Path) -> dict[str, float]:
+    return json.loads((output_dir / "eval_results.json").read_text())
+
+
+def start_cluster(place: Place, output_dir: str, first=(), **flags):
+    """Two processes with four devices each; the second has an output directory of its own, which it must not touch.
+    `first` are options of the first process alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    options = {**TRAINING, **ONE_EACH, "distributed": True, "devices": 4, **flags}
+    return [
+        place.start(folder, **options, env={**cluster, "JAX_PROCESS_ID": str(i)}, **(dict(first) if i == 0 else {}))
+        for i, folder in enumerate((output_dir, f"{output_dir}-of-the-second"))
+    ]
+
+
+def finish_cluster(place: Place, output_dir: str, **flags) -> Path:
+    for run in start_cluster(place, output_dir, **flags):
+        run.wait(240)
+        assert (run.returncode, run.lines) == (0, [])
+    assert not (place.directory / f"{output_dir}-of-the-second").exists()
+    return place.directory / output_dir
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=str)
+def place(request, tmp_path_factory) -> Place:
+    return Place(request.param, tmp_path_factory.mktemp("hosts"), dropout=False)
+
+
+@pytest.fixture(scope="module")
+def one_device(place) -> Path:
+    batches = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+    run = place.run("one_device", **TRAINING, **batches, devices=1)
+    assert (run.returncode, run.lines) == (0, [])
+    assert len(losses(place.directory / "one_device")) == STEPS
+    return place.directory / "one_device"
+
+
+@pytest.fixture(scope="module")
+def two_processes(place) -> Path:
+    return finish_cluster(place, "two_processes")
+
+
+def check_same(a: Path, b: Path):
+    assert losses(a) == pytest.approx(losses(b), rel=0, abs=1e-4)
+    assert evaluation(a) == pytest.approx(evaluation(b), rel=1e-4)
+
+
+def test_eight_devices_are_as_one(place, one_device):
+    run = place.run("eight_devices", **TRAINING, **ONE_EACH, devices=8)
+    assert (run.returncode, run.lines) == (0, [])
+    check_same(place.directory / "eight_devices", one_device)
+
+
+def test_two_processes_are_as_one(two_processes, one_device):
+    check_same(two_processes, one_device)
+
+
+def test_accumulation_is_as_a_larger_batch(place, one_device):
+    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 3}
+    run = place.run("accumulated", **TRAINING, **batches, devices=2)
+    assert (run.returncode, run.lines) == (0, [])
+    check_same(place.directory / "accumulated", one_device)
+
+
+def test_the_comparison_can_fail(place, one_device):
+    batches = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}
+    run = place.run("other", **{**TRAINING, "max_steps": 3}, **batches, devices=1)
+    assert run.returncode == 0
+    other, one = losses(place.directory / "other"), losses(one_device)
+    assert any(abs(other[step] - one[step]) > 1e-3 for step in other)
+
+
+def test_stopped_and_killed_processes_resume(place, two_processes):
+    """SIGTERM to the second process alone stops both at one step; then SIGKILL in a save; then on to the end."""
+    output_dir = place.directory / "resumed"
+    runs = start_cluster(place, "resumed")
+    end = time.monotonic() + 120
+    while not checkpoints(output_dir):
+        assert all(run.poll() is None for run in runs), [run.stderr for run in runs]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    runs[1].send_signal(signal.SIGTERM)
+    for run in runs:
+        run.wait()
+        assert (run.returncode, run.lines) == (143, [])
+    stopped = checkpoints(output_dir)[-1]
+    assert stopped == max(losses(output_dir)) < STEPS - 3
+
+    kill_at = [rf"^rename .*/checkpoints/{STEPS - 3}$"]
+    runs = start_cluster(place, "resumed", first={"kill_at": kill_at}.items())
+    runs[0].wait()
+    runs[1].kill()
+    assert runs[0].returncode == 137, runs[0].stderr
+    assert stopped <= checkpoints(output_dir)[-1] < STEPS - 3
+
+    assert finish_cluster(place, "resumed") == output_dir
+    assert sorted(losses(output_dir)) == list(range(1, STEPS + 1))
+    for name in ("flax_model.msgpack", "model.safetensors", "eval_results.json"):
+        assert (output_dir / name).read_bytes() == (two_processes / name).read_bytes()
+    assert sorted(os.listdir(output_dir / "checkpoints")) == sorted(map(str, checkpoints(output_dir)))
+
+
+def test_an_error_of_one_process_ends_both(place):
+    """Only the first sees that output_dir is a file; the second must not wait for it for ever."""
+    (place.directory / "a_file").write_text("mine")
+    runs = start_cluster(place, "a_file")
+    for run in runs:
+        run.wait(60)
+        assert run.returncode != 0
+    assert runs[0].returncode == 1
+    assert len(runs[0].lines) == 1
+    assert "--output_dir" in runs[0].stderr

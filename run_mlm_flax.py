@@ -21,6 +21,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -169,16 +170,17 @@ def check_args(args):
             require(value is None or holds(value), f"--{name} {value}: it must be {meaning}")
     families = sorted(config.model_type for config in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING)
     model = args.model_name_or_path or (args.do_train and (args.config_name or args.model_type))
-    file, refs, name = args.train_file or args.validation_file, args.train_ref_file, args.dataset_name
-    refs = refs or args.validation_ref_file
+    file, name, tokenizer = args.train_file or args.validation_file, args.dataset_name, args.tokenizer_name
     require(model, "no model: give --model_name_or_path, or, to train from scratch, --config_name or --model_type")
-    require(args.tokenizer_name or args.model_name_or_path, "no tokenizer: give --tokenizer_name or --model_name_or_path")
+    require(tokenizer or args.model_name_or_path, "no tokenizer: give --tokenizer_name or --model_name_or_path")
     require(args.model_type in (None, *families), f"--model_type {args.model_type}: not one of {', '.join(families)}")
     require(file or name, "no data: give --dataset_name or --train_file")
     require(not (file and name), f"two data sources: --dataset_name {name} and {file}")
     require(args.train_file or name or not args.do_train, "--validation_file needs --train_file, or --do_eval alone")
     require(args.line_by_line or not args.pad_to_max_length, "--pad_to_max_length needs --line_by_line")
-    require(args.line_by_line or not refs, f"--train_ref_file, --validation_ref_file: {refs} needs --line_by_line")
+    for split in ("train", "validation"):
+        refs, lines = getattr(args, f"{split}_ref_file"), args.line_by_line and getattr(args, f"{split}_file")
+        require(lines or not refs, f"--{split}_ref_file {refs}: it needs --{split}_file and --line_by_line")
     require(args.use_fast_tokenizer or not args.whole_word_mask, "--whole_word_mask needs a fast tokenizer")
 
 @dataclass
@@ -192,7 +194,7 @@ class FlaxDataCollatorForLanguageModeling:
     whole_words: bool = False
 
     def __post_init__(self):
-        require(self.tokenizer.mask_token_id is not None, "the tokenizer has no mask token: it cannot mask")
+        require(self.tokenizer.mask_token_id is not None, f"{self.tokenizer.name_or_path}: no mask token in the tokenizer")
         self.is_special = np.isin(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
     def num_slots(self, num_tokens: int) -> int:
@@ -265,7 +267,6 @@ def load_texts(args):
             source, kind = f"--{split}_file {file}", Path(file).suffix.lower().lstrip(".")
             require(kind in builders, f"{source}: its extension must be one of {', '.join(builders)}")
             splits[split] = explain(f"{source}: unreadable", load, builders[kind], data_files=[file], split="train")
-        require(split in splits or not refs, f"--{split}_ref_file {refs}: there is no {split} text")
         if split in splits:
             splits[split] = text_column(splits[split], args.text_column_name, refs, source)
     train, validation = splits.get("train"), splits.get("validation")
@@ -552,13 +553,13 @@ def find_checkpoints(args) -> list[Path]:
     """The checkpoints to resume from, newest first. Raises InputError where the run may not or can not write."""
     output_dir, wanted = Path(args.output_dir).absolute(), args.resume_from_checkpoint
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    require(parent.is_dir() and os.access(parent, os.W_OK), f"--output_dir {output_dir}: {parent} is not writable")
-    ours = args.overwrite_output_dir or wanted is not None or (output_dir / "checkpoints").is_dir()
+    explain(f"--output_dir {output_dir}: {parent} is not writable", tempfile.TemporaryFile, dir=parent)
+    ours = args.overwrite_output_dir or not args.do_train or wanted or (output_dir / "checkpoints").is_dir()
     empty = parent != output_dir or not any(output_dir.iterdir())
     require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
     path = Path(wanted or output_dir).absolute()
     found = [path for path in (path, *path.glob("*/*")) if path.parent.name == "checkpoints" and path.name.isdigit()]
-    require(found or wanted is None, f"--resume_from_checkpoint {wanted}: it has no checkpoint")
+    require(found or wanted is None, f"--resume_from_checkpoint {path}: it has no checkpoint")
     found = [] if args.overwrite_output_dir and wanted is None else found
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
@@ -601,7 +602,7 @@ def set_up(args):
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda error: "loop is closed" in str(error.exc_value) or sys.__unraisablehook__(error)
     transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     huggingface_hub.utils.disable_progress_bars()  # of uploads in the background
     sys.stderr.isatty() or datasets.disable_progress_bars()
     cache = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "jax-compilation-cache")
@@ -611,7 +612,7 @@ def main(args) -> int:
     set_up(args)
     is_writer = not args.distributed or jax.process_index() == 0  # no devices yet: data is read by forked processes
     output_dir, step, stopping, caught = Path(args.output_dir), 0, 0, []  # caught: signals, for the loop to stop at
-    checkpoints = find_checkpoints(args) if args.do_train and is_writer else []
+    checkpoints = find_checkpoints(args) if is_writer else []
     upload = connect_hub(args) if args.push_to_hub and is_writer else None
     config, tokenizer, max_length = load_config_and_tokenizer(args)
     whole_words = bool(args.whole_word_mask or args.train_ref_file or args.validation_ref_file)
@@ -630,7 +631,7 @@ def main(args) -> int:
     state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
     run = {name: x for name, x in json.loads(config.to_json_string()).items() if name != "transformers_version"}
     run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
-    if checkpoints:
+    if checkpoints and args.do_train:
         state, step = restore(checkpoints, state, run)
     if jax.process_count() > 1:
         state, step = multihost_utils.broadcast_one_to_all((state, step))
@@ -679,8 +680,7 @@ def main(args) -> int:
         card, tags = output_dir / "README.md", ["flax", config.model_type]
         card.exists() or huggingface_hub.metadata_save(card, {"library_name": "transformers", "tags": tags})
         explain("--push_to_hub: the last upload failed, output_dir has it all", upload, "End of training")
-    stopping = stopping or max(caught, default=0)
-    return 128 + stopping if stopping else 0
+    return 128 + max(stopping, *caught) if stopping or caught else 0
 
 def cli(argv: list[str] | None = None) -> int:
     """Runs `main`. What a user can mend is one line: status 2 for the command line, 1 for data or environment."""

@@ -67,7 +67,7 @@ class Recorder(mlm.FlaxDataCollatorForLanguageModeling):
 
 def in_order(sequences, tokenizer, count: int, column: str = "input_ids", max_length: int = LENGTH):
     """The `count` sequences there must be, in their order, without their padding, which is checked."""
-    collator = Recorder(tokenizer, max_length)
+    collator = Recorder(tokenizer, max_length, whole_words=column == "continues_word")
     labels = [batch["labels"] for batch in mlm.eval_batches(sequences, collator, 0, 1)]
     assert sum(map(len, labels)) == DEVICES * math.ceil(count / DEVICES)
     rows = []

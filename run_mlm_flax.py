@@ -194,7 +194,7 @@ class FlaxDataCollatorForLanguageModeling:
     whole_words: bool = False
 
     def __post_init__(self):
-        require(self.tokenizer.mask_token_id is not None, f"{self.tokenizer.name_or_path}: no mask token in the tokenizer")
+        require(self.tokenizer.mask_token_id is not None, f"{self.tokenizer.name_or_path}: it has no mask token")
         self.is_special = np.isin(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
     def num_slots(self, num_tokens: int) -> int:
@@ -475,13 +475,11 @@ class TrainingLog:
     def __init__(self, output_dir: Path):
         self.writer, self.due, self.results = Writer(str(output_dir)) if jax.process_index() == 0 else None, None, {}
         self.start = self.last = time.perf_counter()
-
     def scalars(self, values: dict[str, float], step: int):
         for name, value in values.items() if self.writer else ():
             self.writer.add_scalar(name, value, step)
             self.writer.flush()
         logger.info(f"Step {step}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
-
     def flush(self, schedule):
         """Writes the means that are due. Raises InputError if loss or gradients are not finite."""
         if self.due:
@@ -511,41 +509,43 @@ def to_pytorch(params) -> dict[str, np.ndarray]:
 class Saver(ThreadPoolExecutor):
     """Writes what a run leaves, in the background: a checkpoint, then the model, then the upload."""
     def __init__(self, args, model, tokenizer, run: dict, step: int, upload):
-        super().__init__(1)
-        self.model, self.tokenizer, self.run, self.upload, self.saving = model, tokenizer, run, upload, None
-        self.output_dir, checkpoints = Path(args.output_dir), Path(args.output_dir).absolute() / "checkpoints"
-        shutil.rmtree(self.output_dir / ".tmp", ignore_errors=True)
+        super().__init__(2)
+        self.model, self.tokenizer, self.run, self.upload = model, tokenizer, run, upload
+        self.output_dir, self.aside = Path(args.output_dir), Path(args.output_dir) / ".tmp"
+        self.saving, self.uploading, checkpoints = None, None, self.output_dir.absolute() / "checkpoints"
+        shutil.rmtree(self.aside, ignore_errors=True)
         if args.overwrite_output_dir and args.resume_from_checkpoint is None and checkpoints.exists():
-            shutil.rmtree(checkpoints.rename(self.output_dir / ".tmp"))  # gone at once, not bit by bit
+            shutil.rmtree(checkpoints.rename(self.aside))  # gone at once, not bit by bit
         checkpoints.mkdir(parents=True, exist_ok=True)
         options = CheckpointOptions(max_to_keep=args.save_total_limit, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(checkpoints, options=options)
         [self.manager.delete(later) for later in self.manager.all_steps() if later > step]
-
-    def save(self, state, step: int):
-        """Returns as soon as `state` is copied from the device and the save before is done."""
+    def save(self, state, step: int, last: bool):
+        """Returns as soon as `state` is copied from the device and the save before is written."""
         state = jax.tree.map(lambda x: x.addressable_shards[0].data, state)  # without the program that x[0] runs
         jax.tree.map(lambda x: x.copy_to_host_async(), state)  # all transfers at once
-        state = jax.tree.map(lambda x: np.array(x)[0], state)
+        state = jax.tree.map(lambda x: np.array(x)[0, ...], state)
         self.wait()
-        self.saving = self.submit(self.write, state, step)
-
+        self.saving = self.submit(self.write, state, step, last)
     def wait(self):
         self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
-
-    def write(self, state, step: int):
+    def write(self, state, step: int, last: bool):
         if step not in self.manager.all_steps():
             items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self.run)}
             self.manager.save(step, args=ocp.args.Composite(**items))
-        aside = self.output_dir / ".tmp"
-        self.model.save_pretrained(aside, params=state.params)
-        self.tokenizer.save_pretrained(aside)
-        save_file(to_pytorch(state.params), aside / "model.safetensors", metadata={"format": "pt"})
-        (aside / "model.safetensors").chmod((aside / "config.json").stat().st_mode)  # safetensors 0.8: owner only
-        for file in aside.iterdir():
+        if self.uploading and not self.uploading.done() and not last:
+            return  # no file may change during an upload; a later save exports
+        self.uploading and self.uploading.result()
+        self.model.save_pretrained(self.aside, params=state.params)
+        self.tokenizer.save_pretrained(self.aside)
+        save_file(to_pytorch(state.params), self.aside / "model.safetensors", metadata={"format": "pt"})
+        (self.aside / "model.safetensors").chmod((self.aside / "config.json").stat().st_mode)  # else the owner's alone
+        for file in self.aside.iterdir():
             file.replace(self.output_dir / file.name)
+        self.uploading = self.upload and not last and self.submit(self.try_upload, step)
+    def try_upload(self, step: int):
         try:
-            self.upload and self.upload(f"Step {step}", "events.*")  # which still grow
+            self.upload(f"Step {step}", "events.*")  # which still grow
         except Exception as error:  # of the network or the server
             logger.warning(f"The upload of step {step} failed, the next repairs it: {' '.join(str(error).split())}")
 
@@ -598,8 +598,7 @@ def set_up(args):
         explain("--distributed: no cluster", jax.distributed.initialize, **numbers)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level="ERROR", force=True)
     logger.setLevel("ERROR" if args.distributed and jax.process_index() else "INFO")
-    # Orbax (0.12.8) logs what it raises, too, and leaves reads and writes pending where one fails: each would print
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax 0.12 logs what it raises, and leaves reads pending:
     sys.unraisablehook = lambda error: "loop is closed" in str(error.exc_value) or sys.__unraisablehook__(error)
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)
@@ -663,13 +662,13 @@ def main(args) -> int:
                     log.due, totals = (step, totals), zeros
                 if step % args.save_steps == 0 or last:
                     log.flush(schedule)
-                    saver and saver.save(state, step)
+                    saver and saver.save(state, step, last)
                 if stopping:
                     break
                 if args.do_eval and step % (args.eval_steps or steps_per_epoch) == 0 and not last:
                     log.scalars(evaluation(state.params), step)
             if saver and step == first_step:  # no step was left, but the run before may have ended before its export
-                saver.save(state, step)
+                saver.save(state, step, last=True)
             saver and saver.wait()
         saver and log.results and write_results(output_dir, log.results, "train")
     if args.do_eval and not stopping:

@@ -103,6 +103,18 @@ def test_blocks_are_all_texts_end_to_end(tmp_path, roberta_dir, tokenizer, lines
     assert in_order(limited, tokenizer, 13) == expected[:13]
 
 
+@pytest.mark.parametrize(("count", "expected"), [(15, None), (16, 1), (31, 1), (32, 2)])
+def test_a_last_block_that_is_full_is_kept(tmp_path, roberta_dir, tokenizer, count, expected):
+    file = write_lines(tmp_path / "train.txt", ["a" + (count - 3) * " a"])  # between <s> and </s>
+    flags = (f"--train_file={file}", "--validation_split_percentage=0")
+    if expected:
+        sequences = read(roberta_dir, tokenizer, *flags, max_length=16)
+        assert len(in_order(sequences, tokenizer, expected, max_length=16)) == expected
+    else:
+        with pytest.raises(mlm.InputError, match="15 tokens"):
+            read(roberta_dir, tokenizer, *flags, max_length=16)
+
+
 def test_a_line_is_a_sequence(tmp_path, roberta_dir, tokenizer, lines):
     with_blanks = [blank for line in lines for blank in (line, "", "  \t")][:-1]
     file = write_lines(tmp_path / "train.txt", with_blanks)
@@ -374,6 +386,9 @@ def test_batches_are_a_function_of_seed_and_step(tokenizer, numbered):
     other = list(mlm.train_batches(sequences, collator, 8, range(12), (2, 3)))
     assert not any(same(a, b) for a, b in zip(other, whole, strict=True))
     assert set(restore(other[0])) != set(restore(whole[0]))
+    # Two steps do not share their draws: where one predicts a token, the other does so by chance alone.
+    first, second = (batch["labels"].reshape(48, -1)[:, 1:4] != -100 for batch in whole[:2])
+    assert (first & second).sum() < 0.5 * first.sum()
     # A sequence is masked anew in every epoch.
     masks = {}
     for batch in whole:

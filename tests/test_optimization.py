@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
-from transformers import BertConfig, FlaxAutoModelForMaskedLM, RobertaConfig
+from transformers import BartConfig, BertConfig, FlaxAutoModelForMaskedLM, RobertaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_mlm_flax as mlm
@@ -37,6 +37,7 @@ TINY = {
     "intermediate_size": 37,
     "max_position_embeddings": 40,
 }
+TINY_BART = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -88,10 +89,10 @@ def test_schedule(kind, warmup, total, request):
 
 
 @pytest.mark.parametrize("adafactor", [False, True])
-@pytest.mark.parametrize("config_class", [BertConfig, RobertaConfig])
+@pytest.mark.parametrize("config_class", [BertConfig, RobertaConfig, BartConfig])
 def test_what_decays(config_class, adafactor):
     """Gradients of zero move nothing but what decays: by learning rate times weight decay, at every step."""
-    model = FlaxAutoModelForMaskedLM.from_config(config_class(**TINY), _do_init=False)
+    model = FlaxAutoModelForMaskedLM.from_config(config_class(**TINY, **TINY_BART), _do_init=False)
     params = random_params(model)
     settings = {"learning_rate": 0.5, "lr_scheduler_type": "linear", "weight_decay": 0.1, "adafactor": adafactor}
     optimizer, _ = make_optimizer(4, **settings)
@@ -103,7 +104,7 @@ def test_what_decays(config_class, adafactor):
     decays = set()
     for path, before in flatten_dict(params).items():
         after = flatten_dict(decayed)[path]
-        if path[-1] in ("bias", "scale"):
+        if path[-1] in ("bias", "scale", "final_logits_bias"):
             np.testing.assert_array_equal(after, before, err_msg=str(path))
         else:
             np.testing.assert_allclose(after, before * factor, rtol=1e-5, err_msg=str(path))

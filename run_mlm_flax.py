@@ -558,7 +558,8 @@ def find_checkpoints(args) -> list[Path]:
     empty = parent != output_dir or not any(output_dir.iterdir())
     require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
     path = Path(wanted or output_dir).absolute()
-    found = [path for path in (path, *path.glob("*/*")) if path.parent.name == "checkpoints" and path.name.isdigit()]
+    found = (path for path in (*path.parent.glob(path.name), *path.glob("checkpoints/*")) if path.name.isdigit())
+    found = [path for path in found if path.parent.name == "checkpoints"]
     require(found or wanted is None, f"--resume_from_checkpoint {path}: it has no checkpoint")
     found = [] if args.overwrite_output_dir and wanted is None else found
     return sorted(found, key=lambda path: int(path.name), reverse=True)
@@ -671,11 +672,11 @@ def main(args) -> int:
                 saver.save(state, step, last=True)
             saver and saver.wait()
         saver and log.results and write_results(output_dir, log.results, "train")
-    if args.do_eval and not stopping:
+    if args.do_eval and not (stopping or (caught and not args.distributed)):
         results = evaluation(state.params)
         log.scalars(results, step)
         is_writer and write_results(output_dir, results, "eval")
-    if upload and not stopping:
+    if upload and not (stopping or caught):
         card, tags = output_dir / "README.md", ["flax", config.model_type]
         card.exists() or huggingface_hub.metadata_save(card, {"library_name": "transformers", "tags": tags})
         explain("--push_to_hub: the last upload failed, output_dir has it all", upload, "End of training")

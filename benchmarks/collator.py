@@ -30,6 +30,7 @@ class Tokenizer:
 
     all_special_ids = (0, 1, 2, 3, 50264)
     mask_token_id = 50264
+    name_or_path = "as RoBERTa"
 
     def __len__(self):
         return 50265

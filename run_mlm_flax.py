@@ -680,7 +680,7 @@ def main(args) -> int:
         card, tags = output_dir / "README.md", ["flax", config.model_type]
         card.exists() or huggingface_hub.metadata_save(card, {"library_name": "transformers", "tags": tags})
         explain("--push_to_hub: the last upload failed, output_dir has it all", upload, "End of training")
-    return 128 + max(stopping, *caught) if stopping or caught else 0
+    return 128 + max([stopping, *caught]) if stopping or caught else 0
 
 def cli(argv: list[str] | None = None) -> int:
     """Runs `main`. What a user can mend is one line: status 2 for the command line, 1 for data or environment."""

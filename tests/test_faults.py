@@ -260,17 +260,15 @@ def test_stopped_by_sigterm_and_ctrl_c(place, expected, output_dir):
     assert sorted(set(logged_steps(output_dir))) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_while_importing(place, output_dir, number):
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; children inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_stopped_while_importing(place, output_dir):
+    """SIGTERM, that is; Ctrl-C shows Python's own traceback until the imports are done, after which it is tested above."""
     command = [sys.executable, str(place.script.path), *place.flags(output_dir, **TRAINING)]
     for seconds in (0.3, 1):
         process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
         time.sleep(seconds)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         stderr = process.communicate(timeout=60)[1]
-        assert process.returncode in (128 + number, -number)  # the latter is 128 + number for a shell
+        assert process.returncode in (143, -signal.SIGTERM)  # the latter is 143 for a shell
         assert stderr == ""
         assert not output_dir.exists()
 

@@ -144,14 +144,13 @@ def parse_args(argv: list[str] | None = None):
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments), allow_abbrev=False)
     parser.error = partial(require, False)  # argparse would print the usage of sixty flags before its line
     args, rest = parser.parse_known_args(argv)
-    unknown = " ".join(word.partition("=")[0] for word in rest if word.startswith("--"))  # values may be secrets
-    require(not rest, f"unknown arguments: {unknown or 'a value without a flag'}")
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]  # not values: they may be secrets
+    require(not rest, f"unknown arguments: {' '.join(unknown) or 'a value without a flag'}")
     args.do_train, args.do_eval = args.do_train or not args.do_eval, args.do_eval or not args.do_train
     args.hub_options = {name: getattr(args, name) for name in ("cache_dir", "token", "trust_remote_code")}
     if not args.do_train and (Path(args.output_dir) / "flax_model.msgpack").is_file():
         args.model_name_or_path = args.model_name_or_path or args.output_dir
-    check_args(args)
-    return args
+    return check_args(args)
 
 def check_args(args):
     """Raises InputError for numbers out of range, and for flags that exclude or need each other."""
@@ -182,6 +181,7 @@ def check_args(args):
         refs, lines = getattr(args, f"{split}_ref_file"), args.line_by_line and getattr(args, f"{split}_file")
         require(lines or not refs, f"--{split}_ref_file {refs}: it needs --{split}_file and --line_by_line")
     require(args.use_fast_tokenizer or not args.whole_word_mask, "--whole_word_mask needs a fast tokenizer")
+    return args
 
 @dataclass
 class FlaxDataCollatorForLanguageModeling:
@@ -192,42 +192,40 @@ class FlaxDataCollatorForLanguageModeling:
     max_length: int
     mlm_probability: float = 0.15
     whole_words: bool = False
-
     def __post_init__(self):
         require(self.tokenizer.mask_token_id is not None, f"{self.tokenizer.name_or_path}: it has no mask token")
         self.is_special = np.isin(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
-
     def num_slots(self, num_tokens: int) -> int:
         """How many of `num_tokens` tokens may be predicted: mean plus 4 standard deviations, a multiple of 16."""
         mean = num_tokens * self.mlm_probability
         deviation = math.sqrt(mean * (1 - self.mlm_probability)) * (3 if self.whole_words else 1)  # words of up to 9
         return min(num_tokens, 16 * math.ceil((mean + 4 * deviation) / 16))
-
     def __call__(self, examples: dict[str, np.ndarray], rng: np.random.Generator, group_size: int):
         """Masks `input_ids` in place and adds `labels`, [rows, length] int32; a forward pass has `group_size` rows."""
         input_ids, continues_word = examples["input_ids"], examples.pop("continues_word", None)
-        rows, length = input_ids.shape
-        draws = rng.integers(2**64 - 1, size=(rows, self.max_length), dtype=np.uint64, endpoint=True)
-        keys = draws = draws[:, :length]
+        (rows, length), tokens, size = input_ids.shape, input_ids.reshape(-1), group_size * input_ids.shape[1]
+        draws = rng.bit_generator.random_raw(rows * self.max_length).reshape(rows, -1)[:, :length].ravel()
+        keys = draws
         if continues_word is not None:  # a word has the key of its first token; a row starts a word
-            starts = np.where(continues_word, 0, np.arange(length))
-            keys = np.take_along_axis(draws, np.maximum.accumulate(starts, axis=1), axis=1)
-        predict = (keys < np.uint64(self.mlm_probability * 2**64)) & ~self.is_special[input_ids]
-        shape, slots = (-1, group_size * length), self.num_slots(group_size * length)
-        for group, group_keys in zip(predict.reshape(shape), keys.reshape(shape), strict=True):
-            if np.count_nonzero(group) > slots:  # one time in ten thousand: the surplus is left unmasked
-                group &= group_keys < np.partition(group_keys[group], slots)[slots]
-        labels = np.where(predict, input_ids, np.int32(IGNORE))
-        low = draws[predict] & 0xFFFFFFFF  # independent of the key, which only the upper half decides
-        first, last = int(0.8 * 2**32), int(0.9 * 2**32)
-        shown = [self.tokenizer.mask_token_id, (low - first) * len(self.is_special) // (last - first)]
-        input_ids[predict] = np.select([low < first, low < last], shown, labels[predict])
+            starts = np.where(continues_word, 0, np.arange(tokens.size).reshape(rows, length))
+            starts[:, 0] = np.arange(0, tokens.size, length)
+            keys = draws[np.maximum.accumulate(starts.reshape(-1))]
+        where = np.flatnonzero(keys < np.uint64(self.mlm_probability * 2**64))
+        where, slots = where[~self.is_special[tokens[where]]], self.num_slots(size)
+        if len(where) > slots and np.bincount(where // size).max() > slots:  # one time in ten thousand
+            groups = np.split(where, np.searchsorted(where, range(size, tokens.size, size)))
+            groups = [g[keys[g] < np.partition(keys[g], slots)[slots]] if len(g) > slots else g for g in groups]
+            where = np.concatenate(groups)
+        predicted, labels = tokens[where], np.full((rows, length), IGNORE, np.int32)
+        labels.reshape(-1)[where] = predicted
+        low, first, last = draws[where] & 0xFFFFFFFF, int(0.8 * 2**32), int(0.9 * 2**32)  # the upper half is the key
+        random = (low - first) * len(self.is_special) // (last - first)
+        tokens[where] = np.where(low < first, self.tokenizer.mask_token_id, np.where(low < last, random, predicted))
         return {**examples, "labels": labels}
 
 def head_only_at(positions):
-    """Interceptor (`flax.linen.intercept_methods`) that hands the head the hidden states at flat `positions` only. In
-    Transformers a masked-language model is a base model that returns a tuple, hidden states [batch, length, width]
-    first, and a head that works on each position by itself; the base model is made to return [1, positions, width]."""
+    """Interceptor (`flax.linen.intercept_methods`): of a base model's tuple the head gets [1, positions, width], not
+    all hidden states [batch, length, width]. In Transformers' masked-language models it works position by position."""
     def interceptor(next_function, args, kwargs, context):
         outputs = next_function(*args, **kwargs)
         if len(context.module.path) != 1 or not isinstance(outputs, tuple):
@@ -244,10 +242,12 @@ def loss_sums(params, batch, model, num_slots, dropout_rng=None):
     labels = labels.at[positions].get(mode="fill", fill_value=IGNORE)
     with nn.intercept_methods(head_only_at(positions)):
         options = {"params": params, "dropout_rng": dropout_rng, "train": train, "return_dict": False}
+        own = {"electra": {"token_type_ids": 0 * batch["input_ids"]}, "big_bird": {"indices_rng": dropout_rng}}
+        options |= own.get(model.config.model_type, {})  # in Flax, ELECTRA's default is 1, and BigBird's blocks random
         logits = model(batch["input_ids"], batch["attention_mask"], **options)[0]
-    if logits.shape[:2] != (1, labels.size):  # a model of other anatomy: its head ran on every position
-        logits = logits.reshape(-1, logits.shape[-1]).at[positions].get(mode="clip")[None]
-    logits, predicted = logits[0].astype(jnp.float32), labels != IGNORE
+    full = logits.shape[:2] != (1, labels.size)  # a model of other anatomy: its head ran on every position
+    logits = logits.reshape(-1, logits.shape[-1])[positions] if full else logits[0]
+    logits, predicted = logits.astype(jnp.float32), labels != IGNORE
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(predicted, labels, 0))
     sums = {"loss": jnp.where(predicted, losses, 0).sum(), "predicted": predicted.sum(dtype=jnp.float32)}
     if not train:
@@ -287,20 +287,19 @@ def text_column(dataset, wanted: str | None, ref_file: str | None, source: str):
     require(name in strings, f"{source}: column {name} holds {kinds[name]}, not text")
     dataset = dataset.select_columns([name]).rename_columns({name: "text"})
     if ref_file:
-        lines = Path(ref_file).read_text(encoding="utf-8").split("\n")
-        parse = lambda: [list(map(int, json.loads(line))) for line in lines if line.strip()]  # noqa: E731
-        refs = explain(f"{ref_file}: each line must be a JSON list of token positions", parse)
-        filled = [bool(text and text.strip()) for text in dataset["text"]]
+        message = f"{ref_file}: each line must be a JSON list of token positions"
+        lines = explain(message, Path(ref_file).read_text, encoding="utf-8").split("\n")
+        refs = explain(message, lambda: [json.loads(line) for line in lines if line.strip()])
+        require(all(type(ref) is list and all(type(i) is int and i >= 0 for i in ref) for ref in refs), message)
+        filled, remaining = [bool(text and text.strip()) for text in dataset["text"]], iter(refs)
         require(len(refs) == sum(filled), f"{ref_file}: {len(refs)} lines for {sum(filled)} lines of text")
-        remaining = iter(refs)
         dataset = dataset.add_column("refs", [next(remaining) if line else [] for line in filled])
     return dataset
 
 def encode(batch, tokenizer, max_length: int, line_by_line: bool, whole_words: bool):
     """Texts, or their lines, to `input_ids`, and `continues_word`, marks of tokens that go on with a word."""
-    kept = [(row, text) for row, text in enumerate(batch["text"]) if text and not text.isspace()]
-    if line_by_line:
-        kept = [(row, line) for row, text in kept for line in text.split("\n") if line.strip()]
+    split = (lambda text: text.split("\n")) if line_by_line else (lambda text: [text])
+    kept = [(row, part) for row, text in enumerate(batch["text"]) for part in split(text or "") if part.strip()]
     texts, cut = [text for _, text in kept], {"truncation": True, "max_length": max_length} if line_by_line else {}
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False, **cut) if texts else {"input_ids": []}
     marks = [np.zeros(len(ids), np.int8) for ids in encoded["input_ids"]]
@@ -406,10 +405,17 @@ def load_config_and_tokenizer(args):
 
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
-    options, name = {"config": config, "dtype": getattr(jnp, args.dtype), "_do_init": False}, args.model_name_or_path
-    load = partial(FlaxAutoModelForMaskedLM.from_pretrained, **options, **args.hub_options)
-    scratch = lambda _: (FlaxAutoModelForMaskedLM.from_config(**options), {})  # noqa: E731
-    model, params = explain(f"{name} has no model of type {config.model_type}", load if name else scratch, name)
+    options, name = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path
+    def load():
+        if not name:
+            return FlaxAutoModelForMaskedLM.from_config(**options, _do_init=False), {}
+        pretrained = partial(FlaxAutoModelForMaskedLM.from_pretrained, name, **options, **args.hub_options)
+        try:
+            return pretrained(_do_init=False)
+        except ValueError:  # PyTorch's files are read into an initialized model only
+            model = pretrained()
+            return model, model.params
+    model, params = explain(f"{name} has no model of type {config.model_type}", load)
     checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
     checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
     params = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params).items()}
@@ -426,7 +432,7 @@ def make_optimizer(args, num_steps: int):
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps),
         "constant": optax.constant_schedule(peak),
-        "inverse_sqrt": lambda step: peak / jnp.sqrt(1 + step / max(1, warmup)),
+        "inverse_sqrt": lambda step: peak / jnp.sqrt(1 + step / (warmup or 10_000)),
     }[args.lr_scheduler_type]
     schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
     matrices = partial(jax.tree_util.tree_map_with_path, lambda path, x: x.ndim > 1 and "bias" not in path[-1].key)
@@ -485,8 +491,7 @@ class TrainingLog:
         if self.due:
             (step, totals), self.due = self.due, None
             sums, now = {name: float(np.asarray(x)[0]) for name, x in totals.items()}, time.perf_counter()
-            advice = "training stops, checkpoints are from before; try a lower --learning_rate or --max_grad_norm 1"
-            require(all(map(math.isfinite, sums.values())), f"step {step}: loss or gradients are not finite; {advice}")
+            require(all(map(math.isfinite, sums.values())), f"step {step}: loss not finite; lower --learning_rate?")
             means = {"loss": sums["loss"] / max(sums["predicted"], 1), "learning_rate": float(schedule(step - 1))}
             means |= {"time": now - self.start, "tokens_per_second": sums["tokens"] / (now - self.last)}
             self.results, self.last = {f"train_{name}": value for name, value in means.items()}, now
@@ -525,10 +530,8 @@ class Saver(ThreadPoolExecutor):
         state = jax.tree.map(lambda x: x.addressable_shards[0].data, state)  # without the program that x[0] runs
         jax.tree.map(lambda x: x.copy_to_host_async(), state)  # all transfers at once
         state = jax.tree.map(lambda x: np.array(x)[0, ...], state)
-        self.wait()
-        self.saving = self.submit(self.write, state, step, last)
-    def wait(self):
         self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
+        self.saving = self.submit(self.write, state, step, last)
     def write(self, state, step: int, last: bool):
         if step not in self.manager.all_steps():
             items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self.run)}
@@ -561,8 +564,7 @@ def find_checkpoints(args) -> list[Path]:
     found = (path for path in (*path.parent.glob(path.name), *path.glob("checkpoints/*")) if path.name.isdigit())
     found = [path for path in found if path.parent.name == "checkpoints"]
     require(found or wanted is None, f"--resume_from_checkpoint {path}: it has no checkpoint")
-    found = [] if args.overwrite_output_dir and wanted is None else found
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    return [] if args.overwrite_output_dir and wanted is None else sorted(found, key=lambda path: -int(path.name))
 
 def restore(checkpoints: list[Path], state, run: dict):
     """The first readable checkpoint, as a host copy of `state`, and its step. Raises InputError if of another run."""
@@ -594,9 +596,8 @@ def connect_hub(args):
 def set_up(args):
     """This process's part in the cluster, logging, and a compilation cache that makes the second start fast."""
     if args.distributed:
-        keys = [key for key in ("num_processes", "process_id") if f"JAX_{key.upper()}" in os.environ]
-        numbers = {key: int(os.environ[f"JAX_{key.upper()}"]) for key in keys}
-        explain("--distributed: no cluster", jax.distributed.initialize, **numbers)
+        found = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
+        explain("--distributed", jax.distributed.initialize, **{key: int(x) for key, x in found.items() if x})
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level="ERROR", force=True)
     logger.setLevel("ERROR" if args.distributed and jax.process_index() else "INFO")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax 0.12 logs what it raises, and leaves reads pending:
@@ -668,9 +669,8 @@ def main(args) -> int:
                     break
                 if args.do_eval and step % (args.eval_steps or steps_per_epoch) == 0 and not last:
                     log.scalars(evaluation(state.params), step)
-            if saver and step == first_step:  # no step was left, but the run before may have ended before its export
-                saver.save(state, step, last=True)
-            saver and saver.wait()
+            step == first_step and saver and saver.save(state, step, last=True)  # the export may have been killed
+            saver and explain(f"{output_dir}: the last save failed, those before are whole", saver.saving.result)
         saver and log.results and write_results(output_dir, log.results, "train")
     if args.do_eval and not (stopping or (caught and not args.distributed)):
         results = evaluation(state.params)

@@ -296,9 +296,6 @@ def test_reference_words_are_masked_whole(tmp_path, roberta_dir, tokenizer):
     assert abs(sum(word[:, 0].sum() for word in words) - 0.15 * 3 * count) < 5 * math.sqrt(3 * count * 0.15 * 0.85)
 
 
-ACCEPTED = pytest.mark.xfail(reason="taken for positions without a word")
-
-
 @pytest.mark.parametrize(
     "bad",
     [
@@ -310,10 +307,10 @@ ACCEPTED = pytest.mark.xfail(reason="taken for positions without a word")
         '["a"]',
         "[[1]]",
         '{"a": 1}',
-        pytest.param("[-1]", marks=ACCEPTED),
-        pytest.param("[1.5]", marks=ACCEPTED),
-        pytest.param('"12"', marks=ACCEPTED),
-        pytest.param('{"1": 2}', marks=ACCEPTED),
+        "[-1]",
+        "[1.5]",
+        '"12"',
+        '{"1": 2}',
     ],
 )
 def test_malformed_reference_files(tmp_path, roberta_dir, tokenizer, lines, bad):

@@ -143,7 +143,7 @@ def test_both_files_hold_the_trained_model(tmp_path, exported, roberta_dir):
 
 @pytest.mark.parametrize(
     "kept",
-    ["flax_model.msgpack", pytest.param("model.safetensors", marks=pytest.mark.xfail(reason="needs _do_init=True"))],
+    ["flax_model.msgpack", "model.safetensors"],
 )
 def test_training_goes_on_from_either_file(tmp_path, exported, kept):
     """Most models on the Hub come as model.safetensors alone."""

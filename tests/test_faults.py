@@ -261,7 +261,7 @@ def test_stopped_by_sigterm_and_ctrl_c(place, expected, output_dir):
 
 
 def test_stopped_while_importing(place, output_dir):
-    """SIGTERM, that is; Ctrl-C shows Python's own traceback until the imports are done, after which it is tested above."""
+    """SIGTERM, that is: until the imports are done, Ctrl-C shows Python's own traceback."""
     command = [sys.executable, str(place.script.path), *place.flags(output_dir, **TRAINING)]
     for seconds in (0.3, 1):
         process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)

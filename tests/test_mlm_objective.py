@@ -393,12 +393,9 @@ def test_every_family_is_tested():
     assert set(FAMILIES) == {config.model_type for config in FLAX_MODEL_FOR_MASKED_LM_MAPPING}
 
 
-SEGMENT_1 = pytest.mark.xfail(reason="Flax's ELECTRA takes segment 1 where it is given none, PyTorch's segment 0")
-
-
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(x, marks=SEGMENT_1) if x == "electra" else x for x in (*sorted(FAMILIES), "bert, checkpointed")],
+    [*sorted(FAMILIES), "bert, checkpointed"],
 )
 def test_loss_and_gradients_equal_the_full_computation(family):
     model, params = make_model(family.partition(",")[0])
@@ -431,7 +428,6 @@ def test_the_head_runs_on_the_slots_only(family):
     assert sizes_of_logits(jax.make_jaxpr(masked_loss, static_argnums=2)(params, batch, model).jaxpr) == {NUM_SLOTS}
 
 
-@pytest.mark.xfail(reason="needs an indices_rng")
 def test_big_bird_trains_with_its_sparse_attention():
     """Which is its default, and draws random blocks of keys from a generator of its own."""
     model, params = make_model("big_bird", attention_type="block_sparse", max_position_embeddings=256)

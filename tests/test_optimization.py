@@ -74,9 +74,7 @@ def learning_rate(kind: str, step: int, peak: float, warmup: int, total: int) ->
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 50), (10, 50), (1, 2), (49, 50), (60, 50)])
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "inverse_sqrt"])
-def test_schedule(kind, warmup, total, request):
-    if kind == "inverse_sqrt" and not warmup:
-        request.applymarker(pytest.mark.xfail(reason="without warm-up Transformers decays over 10,000 steps, not 1"))
+def test_schedule(kind, warmup, total):
     _, schedule = make_optimizer(total, learning_rate=3e-4, lr_scheduler_type=kind, warmup_steps=warmup)
     for step in range(total + 1):
         expected = learning_rate(kind, step, 3e-4, warmup, total)

@@ -29,13 +29,13 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("run_*.py"))
 # Smaller values of flags of the training scripts, in commands and JSON files. All other flags stay as written.
 FLAGS = {
     "max_seq_length": 16,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
     "warmup_steps": 5,
     "num_train_epochs": 1,
     "logging_steps": 5,
-    "save_steps": 10,
-    "eval_steps": 10,
+    "save_steps": 20,
+    "eval_steps": 20,
 }
 # Smaller sizes in Python blocks.
 PYTHON = {
@@ -52,7 +52,7 @@ SHELL = {
     "tensorboard --logdir": "tensorboard --inspect --logdir",  # lists what is there, and ends
     "127.0.0.1:12321": None,  # a port that is free
 }
-LINES = {"train.txt": 60, "validation.txt": 10}  # of the corpus
+LINES = {"train.txt": 40, "validation.txt": 8}  # of the corpus
 ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
 
 NOT_RUN = {  # section: the reason, as the comment before the block gives it

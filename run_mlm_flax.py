@@ -426,7 +426,7 @@ def load_model(args, config):
     return model, unflatten_dict(params)
 
 def make_optimizer(args, num_steps: int):
-    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; and the learning rate by step."""
+    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; a table of the rate, by step."""
     peak, warmup, decay_steps = args.learning_rate, args.warmup_steps, max(1, num_steps - args.warmup_steps)
     after = {
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
@@ -443,7 +443,7 @@ def make_optimizer(args, num_steps: int):
         adam = partial(optax.adamw, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon)
         optimizer = adam(schedule, weight_decay=args.weight_decay, mask=matrices)
     clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
-    return optax.chain(clip, optimizer), schedule
+    return optax.chain(clip, optimizer), np.asarray(jax.vmap(schedule)(jnp.arange(num_steps + 1))).__getitem__
 
 def train_step(state, totals, batch, model, num_slots, seed):
     """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since

@@ -3,8 +3,7 @@
 The objective is BERT's (Devlin et al., 2018, https://arxiv.org/abs/1810.04805): 15% of the tokens are predicted from
 their context; of these 80% are shown as the mask token, 10% as a random token and 10% as themselves.
 
-    python run_mlm_flax.py --output_dir=my-roberta --model_type=roberta --config_name=my-roberta \
-        --tokenizer_name=my-roberta --train_file=corpus.txt --max_seq_length=128
+    python run_mlm_flax.py --output_dir=out --config_name=roberta --tokenizer_name=roberta --train_file=corpus.txt
 """
 # /// script
 # requires-python = ">=3.10"
@@ -107,9 +106,9 @@ class TrainingArguments:
     _argument_group_name = "training"
     output_dir: str = HfArg(help="Where the model, its checkpoints and logs are written.")
     overwrite_output_dir: bool = HfArg(default=False, help="Start over: discard the checkpoints in output_dir.")
-    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Its folder.")
-    do_train: bool = HfArg(default=False, help="Only train. With neither do_train nor do_eval: both.")
-    do_eval: bool = HfArg(default=False, help="Only evaluate; with do_train: both.")
+    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Checkpoint.")
+    do_train: bool = HfArg(default=False, help="Train; alone: without evaluation. With neither of the two: both.")
+    do_eval: bool = HfArg(default=False, help="Evaluate; alone: a trained model.")
     per_device_train_batch_size: int = HfArg(default=8, help="Sequences a device and a forward pass.")
     per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes an optimizer step.")
@@ -462,10 +461,9 @@ def train_step(state, totals, batch, model, num_slots, seed):
     sums["grad_norm"] = optax.global_norm(grads)
     return state.apply_gradients(grads=grads), jax.tree.map(jnp.add, totals, sums)
 
-def evaluate(p_eval_step, sequences, collator, args, params) -> dict[str, float]:
+def evaluate(p_eval_step, sequences, collator, seed: int, batch_size: int, params) -> dict[str, float]:
     """Mean loss and accuracy of all predicted tokens, and perplexity."""
-    batches = eval_batches(sequences, collator, args.seed, args.per_device_eval_batch_size)
-    sums = [p_eval_step(params, batch) for batch in prefetch(batches)]
+    sums = [p_eval_step(params, batch) for batch in prefetch(eval_batches(sequences, collator, seed, batch_size))]
     sums = {name: sum(float(np.asarray(batch[name])[0]) for batch in sums) for name in sums[0]}
     loss, accuracy = (sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy"))
     return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": math.exp(min(loss, 700))}
@@ -545,6 +543,7 @@ class Saver(ThreadPoolExecutor):
         (self.aside / "model.safetensors").chmod((self.aside / "config.json").stat().st_mode)  # else the owner's alone
         for file in self.aside.iterdir():
             file.replace(self.output_dir / file.name)
+        self.aside.rmdir()
         self.uploading = self.upload and not last and self.submit(self.try_upload, step)
     def try_upload(self, step: int):
         try:
@@ -558,6 +557,7 @@ def find_checkpoints(args) -> list[Path]:
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     explain(f"--output_dir {output_dir}: {parent} is not writable", tempfile.TemporaryFile, dir=parent)
     ours = args.overwrite_output_dir or not args.do_train or wanted or (output_dir / "checkpoints").is_dir()
+    ours = ours or output_dir in {Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name}
     empty = parent != output_dir or not any(output_dir.iterdir())
     require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
     path = Path(wanted or output_dir).absolute()
@@ -573,7 +573,7 @@ def restore(checkpoints: list[Path], state, run: dict):
         try:
             found = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
             for name, value in run.items():
-                require(found[name] == value, f"{path}: its {name} is {found[name]}, of this run {value}")
+                require(found.get(name, value) == value, f"{path}: its {name} is {found.get(name)}, here {value}")
             return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state, step
         except InputError:
             raise
@@ -630,7 +630,7 @@ def main(args) -> int:
     model, params = load_model(args, config)
     optimizer, schedule = make_optimizer(args, num_steps)
     state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
-    run = {name: x for name, x in json.loads(config.to_json_string()).items() if name != "transformers_version"}
+    run = json.loads(config.to_json_string()) | {"transformers_version": None, "architectures": None}
     run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
     if checkpoints and args.do_train:
         state, step = restore(checkpoints, state, run)
@@ -643,7 +643,7 @@ def main(args) -> int:
     fixed = {"model": model, "num_slots": collator.num_slots}
     p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
-    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args)
+    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)
     if args.do_train:
         num_params, devices = sum(x.size for x in jax.tree.leaves(params)), jax.device_count()
         logger.info(f"Training {num_params:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The train step of run_mlm_flax.py beside the plain one, in one process, as ratios.
 
-    python benchmarks/mlm_step.py [--seconds 45] [--json FILE]
+    python benchmarks/mlm_step.py [--seconds 45] [--models "2 x 128" "4 x 768"] [--json FILE]
 
 Three train steps of a RoBERTa take turns on one CPU device, each with a state of its own, on the same batches:
 
@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -169,20 +170,20 @@ def processor() -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=45.0, help="a model; at least ten rounds in any case")
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES), help="default: both")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
     versions = {"python": platform.python_version(), "jax": jax.__version__, "flax": flax_version}
     versions |= {"optax": optax.__version__, "transformers": transformers.__version__}
     figures = {"processor": processor(), "versions": versions, "batch": [ROWS, LENGTH], "models": {}}
-    figures["command"] = f"python benchmarks/mlm_step.py --seconds {args.seconds:g}"
+    figures["command"] = f"python benchmarks/mlm_step.py --seconds {args.seconds:g} --models " + shlex.join(args.models)
     print(figures["command"])
     print(figures["processor"])
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print(f"batch {ROWS} x {LENGTH}; ratios are to the step of the script, times are medians\n")
-    print(
-        f"{'model':<9}{'step':<9}{'ms':>9}{'of medians':>12}{'of pairs':>10}{'quartiles':>14}{'CPU':>7}{'demand':>8}"
-    )
-    for name, (*size, demanded) in SIZES.items():
+    print(f"model    step            ms{'of medians':>12}{'of pairs':>10}{'quartiles':>14}{'CPU':>7}{'demand':>8}")
+    for name in args.models:
+        *size, demanded = SIZES[name]
         figures["models"][name] = measured = {"demanded": demanded, **measure(size, args.seconds)}
         for step, found in measured["steps"].items():
             low, high = found["quartiles_of_ratios"]

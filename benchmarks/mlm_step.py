@@ -176,7 +176,8 @@ def main():
     versions = {"python": platform.python_version(), "jax": jax.__version__, "flax": flax_version}
     versions |= {"optax": optax.__version__, "transformers": transformers.__version__}
     figures = {"processor": processor(), "versions": versions, "batch": [ROWS, LENGTH], "models": {}}
-    figures["command"] = f"python benchmarks/mlm_step.py --seconds {args.seconds:g} --models " + shlex.join(args.models)
+    models = shlex.join(args.models)
+    figures["command"] = f"python benchmarks/mlm_step.py --seconds {args.seconds:g} --models {models}"
     print(figures["command"])
     print(figures["processor"])
     print(", ".join(f"{name} {version}" for name, version in versions.items()))

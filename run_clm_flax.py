@@ -3,8 +3,7 @@
 The objective is GPT's (Radford et al., 2018, https://openai.com/index/language-unsupervised): every token is predicted
 from those before it.
 
-    python run_clm_flax.py --output_dir=my-gpt2 --model_type=gpt2 --config_name=my-gpt2 --tokenizer_name=my-gpt2 \
-        --train_file=corpus.txt --block_size=512
+    python run_clm_flax.py --output_dir=out --config_name=gpt2 --tokenizer_name=gpt2 --train_file=corpus.txt
 """
 # /// script
 # requires-python = ">=3.10"
@@ -104,9 +103,9 @@ class TrainingArguments:
     _argument_group_name = "training"
     output_dir: str = HfArg(help="Where the model, its checkpoints and logs are written.")
     overwrite_output_dir: bool = HfArg(default=False, help="Start over: discard the checkpoints in output_dir.")
-    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Its folder.")
-    do_train: bool = HfArg(default=False, help="Only train. With neither do_train nor do_eval: both.")
-    do_eval: bool = HfArg(default=False, help="Only evaluate; with do_train: both.")
+    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Checkpoint.")
+    do_train: bool = HfArg(default=False, help="Train; alone: without evaluation. With neither of the two: both.")
+    do_eval: bool = HfArg(default=False, help="Evaluate; alone: a trained model.")
     per_device_train_batch_size: int = HfArg(default=8, help="Sequences a device and a forward pass.")
     per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes an optimizer step.")
@@ -141,14 +140,13 @@ def parse_args(argv: list[str] | None = None):
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments), allow_abbrev=False)
     parser.error = partial(require, False)  # argparse would print the usage of sixty flags before its line
     args, rest = parser.parse_known_args(argv)
-    unknown = " ".join(word.partition("=")[0] for word in rest if word.startswith("--"))  # values may be secrets
-    require(not rest, f"unknown arguments: {unknown or 'a value without a flag'}")
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]  # not values: they may be secrets
+    require(not rest, f"unknown arguments: {' '.join(unknown) or 'a value without a flag'}")
     args.do_train, args.do_eval = args.do_train or not args.do_eval, args.do_eval or not args.do_train
     args.hub_options = {name: getattr(args, name) for name in ("cache_dir", "token", "trust_remote_code")}
     if not args.do_train and (Path(args.output_dir) / "flax_model.msgpack").is_file():
         args.model_name_or_path = args.model_name_or_path or args.output_dir
-    check_args(args)
-    return args
+    return check_args(args)
 
 def check_args(args):
     """Raises InputError for numbers out of range, and for flags that exclude or need each other."""
@@ -173,6 +171,7 @@ def check_args(args):
     require(file or name, "no data: give --dataset_name or --train_file")
     require(not (file and name), f"two data sources: --dataset_name {name} and {file}")
     require(args.train_file or name or not args.do_train, "--validation_file needs --train_file, or --do_eval alone")
+    return args
 
 def next_token_collator(examples: dict[str, np.ndarray]):
     """Every token is to be predicted: adds `labels`, the tokens themselves, which the loss shifts by one."""
@@ -206,7 +205,8 @@ def split_at_head(params, batch, model, dropout_rng):
     causal language model is a base model and a head that works on each position by itself. Here the base model runs
     first, and hands no position to the head; for the head it does not run again, and hands over what it is given."""
     options, kept, train = {"params": params, "return_dict": False}, [], dropout_rng is not None
-    mode = {"deterministic": not train} if model.config.model_type == "opt" else {"train": train}  # Flax's OPT differs
+    own = {"opt": {"deterministic": not train}, "electra": {"train": train, "token_type_ids": 0 * batch["input_ids"]}}
+    mode = own.get(model.config.model_type, {"train": train})  # in Flax, OPT knows no `train`, ELECTRA's default is 1
     def keep(run):
         kept.append(run())
         return kept[0][:, :0]
@@ -300,7 +300,7 @@ def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int
     """This process's part of the global batch of `rows`: arrays [local devices, *shape, length] int32. Rows of -1 fill
     up a partial batch and have no labels. Nothing here is random: `seed` and `first_row` are for other objectives."""
     local = np.split(rows, jax.process_count())[jax.process_index()]
-    input_ids = sequences.input_ids[sequences.starts[local, None] + np.arange(sequences.ends[0])]
+    input_ids = sequences.input_ids[sequences.starts[local, None] + np.arange(sequences.ends[0] - sequences.starts[0])]
     batch = collator({"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)})
     batch["labels"][local < 0] = IGNORE
     return {name: array.reshape(jax.local_device_count(), *shape, -1) for name, array in batch.items()}
@@ -361,10 +361,17 @@ def load_config_and_tokenizer(args):
 
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
-    options, name = {"config": config, "dtype": getattr(jnp, args.dtype), "_do_init": False}, args.model_name_or_path
-    load = partial(FlaxAutoModelForCausalLM.from_pretrained, **options, **args.hub_options)
-    scratch = lambda _: (FlaxAutoModelForCausalLM.from_config(**options), {})  # noqa: E731
-    model, params = explain(f"{name} has no model of type {config.model_type}", load if name else scratch, name)
+    options, name = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path
+    def load():
+        if not name:
+            return FlaxAutoModelForCausalLM.from_config(**options, _do_init=False), {}
+        pretrained = partial(FlaxAutoModelForCausalLM.from_pretrained, name, **options, **args.hub_options)
+        try:
+            return pretrained(_do_init=False)
+        except ValueError:  # PyTorch's files are read into an initialized model only
+            model = pretrained()
+            return model, model.params
+    model, params = explain(f"{name} has no model of type {config.model_type}", load)
     params = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params).items()}
     if missing := model.required_params - set(params):
         params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
@@ -373,13 +380,13 @@ def load_model(args, config):
     return model, unflatten_dict(params)
 
 def make_optimizer(args, num_steps: int):
-    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; and the learning rate by step."""
+    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; a table of the rate, by step."""
     peak, warmup, decay_steps = args.learning_rate, args.warmup_steps, max(1, num_steps - args.warmup_steps)
     after = {
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps),
         "constant": optax.constant_schedule(peak),
-        "inverse_sqrt": lambda step: peak / jnp.sqrt(1 + step / max(1, warmup)),
+        "inverse_sqrt": lambda step: peak / jnp.sqrt(1 + step / (warmup or 10_000)),
     }[args.lr_scheduler_type]
     schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
     matrices = partial(jax.tree_util.tree_map_with_path, lambda path, x: x.ndim > 1 and "bias" not in path[-1].key)
@@ -390,11 +397,11 @@ def make_optimizer(args, num_steps: int):
         adam = partial(optax.adamw, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon)
         optimizer = adam(schedule, weight_decay=args.weight_decay, mask=matrices)
     clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
-    return optax.chain(clip, optimizer), schedule
+    return optax.chain(clip, optimizer), np.asarray(jax.vmap(schedule)(jnp.arange(num_steps + 1))).__getitem__
 
 def train_step(state, totals, batch, seed, **fixed):
     """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since
-    the last log line. Gradients of the summed loss are summed over micro-batches and devices, and divided once."""
+    the last log line. Gradients of `loss_sums(**fixed)` are summed over micro-batches and devices, and divided once."""
     rng = jax.random.fold_in(jax.random.key(seed, impl=DROPOUT_PRNG), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
     def micro_step(sums, inputs):
@@ -409,10 +416,9 @@ def train_step(state, totals, batch, seed, **fixed):
     sums["grad_norm"] = optax.global_norm(grads)
     return state.apply_gradients(grads=grads), jax.tree.map(jnp.add, totals, sums)
 
-def evaluate(p_eval_step, sequences, collator, args, params) -> dict[str, float]:
-    """Mean loss and accuracy of all predicted tokens, and perplexity."""
-    batches = eval_batches(sequences, collator, args.seed, args.per_device_eval_batch_size)
-    sums = [p_eval_step(params, batch) for batch in prefetch(batches)]
+def evaluate(p_eval_step, sequences, collator, seed: int, batch_size: int, params) -> dict[str, float]:
+    """Mean loss of all predicted tokens, perplexity, and accuracy if `loss_sums` counts it."""
+    sums = [p_eval_step(params, batch) for batch in prefetch(eval_batches(sequences, collator, seed, batch_size))]
     sums = {name: sum(float(np.asarray(batch[name])[0]) for batch in sums) for name in sums[0]}
     means = {f"eval_{name}": sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy") if name in sums}
     return {**means, "eval_perplexity": math.exp(min(means["eval_loss"], 700))}
@@ -438,8 +444,7 @@ class TrainingLog:
         if self.due:
             (step, totals), self.due = self.due, None
             sums, now = {name: float(np.asarray(x)[0]) for name, x in totals.items()}, time.perf_counter()
-            advice = "training stops, checkpoints are from before; try a lower --learning_rate or --max_grad_norm 1"
-            require(all(map(math.isfinite, sums.values())), f"step {step}: loss or gradients are not finite; {advice}")
+            require(all(map(math.isfinite, sums.values())), f"step {step}: loss not finite; lower --learning_rate?")
             means = {"loss": sums["loss"] / max(sums["predicted"], 1), "learning_rate": float(schedule(step - 1))}
             means |= {"time": now - self.start, "tokens_per_second": sums["tokens"] / (now - self.last)}
             self.results, self.last = {f"train_{name}": value for name, value in means.items()}, now
@@ -478,10 +483,8 @@ class Saver(ThreadPoolExecutor):
         state = jax.tree.map(lambda x: x.addressable_shards[0].data, state)  # without the program that x[0] runs
         jax.tree.map(lambda x: x.copy_to_host_async(), state)  # all transfers at once
         state = jax.tree.map(lambda x: np.array(x)[0, ...], state)
-        self.wait()
-        self.saving = self.submit(self.write, state, step, last)
-    def wait(self):
         self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
+        self.saving = self.submit(self.write, state, step, last)
     def write(self, state, step: int, last: bool):
         if step not in self.manager.all_steps():
             items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self.run)}
@@ -495,6 +498,7 @@ class Saver(ThreadPoolExecutor):
         (self.aside / "model.safetensors").chmod((self.aside / "config.json").stat().st_mode)  # else the owner's alone
         for file in self.aside.iterdir():
             file.replace(self.output_dir / file.name)
+        self.aside.rmdir()
         self.uploading = self.upload and not last and self.submit(self.try_upload, step)
     def try_upload(self, step: int):
         try:
@@ -508,14 +512,14 @@ def find_checkpoints(args) -> list[Path]:
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     explain(f"--output_dir {output_dir}: {parent} is not writable", tempfile.TemporaryFile, dir=parent)
     ours = args.overwrite_output_dir or not args.do_train or wanted or (output_dir / "checkpoints").is_dir()
+    ours = ours or output_dir in {Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name}
     empty = parent != output_dir or not any(output_dir.iterdir())
     require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
     path = Path(wanted or output_dir).absolute()
     found = (path for path in (*path.parent.glob(path.name), *path.glob("checkpoints/*")) if path.name.isdigit())
     found = [path for path in found if path.parent.name == "checkpoints"]
     require(found or wanted is None, f"--resume_from_checkpoint {path}: it has no checkpoint")
-    found = [] if args.overwrite_output_dir and wanted is None else found
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    return [] if args.overwrite_output_dir and wanted is None else sorted(found, key=lambda path: -int(path.name))
 
 def restore(checkpoints: list[Path], state, run: dict):
     """The first readable checkpoint, as a host copy of `state`, and its step. Raises InputError if of another run."""
@@ -524,7 +528,7 @@ def restore(checkpoints: list[Path], state, run: dict):
         try:
             found = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
             for name, value in run.items():
-                require(found[name] == value, f"{path}: its {name} is {found[name]}, of this run {value}")
+                require(found.get(name, value) == value, f"{path}: its {name} is {found.get(name)}, here {value}")
             return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state, step
         except InputError:
             raise
@@ -547,9 +551,8 @@ def connect_hub(args):
 def set_up(args):
     """This process's part in the cluster, logging, and a compilation cache that makes the second start fast."""
     if args.distributed:
-        keys = [key for key in ("num_processes", "process_id") if f"JAX_{key.upper()}" in os.environ]
-        numbers = {key: int(os.environ[f"JAX_{key.upper()}"]) for key in keys}
-        explain("--distributed: no cluster", jax.distributed.initialize, **numbers)
+        found = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
+        explain("--distributed", jax.distributed.initialize, **{key: int(x) for key, x in found.items() if x})
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level="ERROR", force=True)
     logger.setLevel("ERROR" if args.distributed and jax.process_index() else "INFO")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax 0.12 logs what it raises, and leaves reads pending:
@@ -581,7 +584,7 @@ def main(args) -> int:
     model, params = load_model(args, config)
     optimizer, schedule = make_optimizer(args, num_steps)
     state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
-    run = {name: x for name, x in json.loads(config.to_json_string()).items() if name != "transformers_version"}
+    run = json.loads(config.to_json_string()) | {"transformers_version": None, "architectures": None}
     run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
     if checkpoints and args.do_train:
         state, step = restore(checkpoints, state, run)
@@ -594,7 +597,7 @@ def main(args) -> int:
     fixed = {"model": model, "checkpointing": args.gradient_checkpointing}
     p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
-    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args)
+    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)
     if args.do_train:
         num_params, devices = sum(x.size for x in jax.tree.leaves(params)), jax.device_count()
         logger.info(f"Training {num_params:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "
@@ -620,9 +623,8 @@ def main(args) -> int:
                     break
                 if args.do_eval and step % (args.eval_steps or steps_per_epoch) == 0 and not last:
                     log.scalars(evaluation(state.params), step)
-            if saver and step == first_step:  # no step was left, but the run before may have ended before its export
-                saver.save(state, step, last=True)
-            saver and saver.wait()
+            step == first_step and saver and saver.save(state, step, last=True)  # the export may have been killed
+            saver and explain(f"{output_dir}: the last save failed, those before are whole", saver.saving.result)
         saver and log.results and write_results(output_dir, log.results, "train")
     if args.do_eval and not (stopping or (caught and not args.distributed)):
         results = evaluation(state.params)

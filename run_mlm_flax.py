@@ -446,7 +446,7 @@ def make_optimizer(args, num_steps: int):
 
 def train_step(state, totals, batch, seed, **fixed):
     """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since
-    the last log line. Gradients of `loss_sums(**fixed)` are summed over micro-batches and devices, and divided once."""
+    the last log line. Gradients of `loss_sums(**fixed)` are summed over micro-batches and devices, divided once."""
     rng = jax.random.fold_in(jax.random.key(seed, impl=DROPOUT_PRNG), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
     def micro_step(sums, inputs):

@@ -192,31 +192,32 @@ def recompute_blocks():
         return outputs
     return interceptor
 
-def base_model_gives(model, function):
-    """Interceptor that returns `function(run the base model)` for the base model's hidden states."""
-    def interceptor(next_function, args, kwargs, context):
-        if context.module.path != (model.base_model_prefix,) or context.method_name != "__call__":
-            return next_function(*args, **kwargs)
-        return (function(lambda: next_function(*args, **kwargs)[0]),)
-    return interceptor
-
 def split_at_head(params, batch, model, dropout_rng):
     """Hidden states [batch * length, width], and the head, a function from some of them to logits. In Transformers a
-    causal language model is a base model and a head that works on each position by itself. Here the base model runs
-    first, and hands no position to the head; for the head it does not run again, and hands over what it is given."""
-    options, kept, train = {"params": params, "return_dict": False}, [], dropout_rng is not None
+    causal language model is a base model that returns a tuple, hidden states first, and a head that works on each
+    position by itself. Here the base model runs first, and gives the head no position; when the head is called, the
+    base model gives it what is to be worked on, and does not run."""
+    options, kept, train = {"params": params, "return_dict": False}, {}, dropout_rng is not None
     own = {"opt": {"deterministic": not train}, "electra": {"train": train, "token_type_ids": 0 * batch["input_ids"]}}
     mode = own.get(model.config.model_type, {"train": train})  # in Flax, OPT knows no `train`, ELECTRA's default is 1
-    def keep(run):
-        kept.append(run())
-        return kept[0][:, :0]
+    def keep(next_function, args, kwargs, context):
+        outputs, path = next_function(*args, **kwargs), context.module.path
+        if len(path) != 1 or not isinstance(outputs, tuple):
+            return outputs
+        kept[path] = outputs[0]
+        return (outputs[0][:, :0], *outputs[1:])
     def head(hidden_states):
-        with nn.intercept_methods(base_model_gives(model, lambda _: hidden_states[None])):
+        def give(next_function, args, kwargs, context):
+            is_base = context.module.path in kept and context.method_name == "__call__"
+            return (hidden_states[None],) if is_base else next_function(*args, **kwargs)
+        with nn.intercept_methods(give):
             return model(jnp.zeros((1, len(hidden_states)), jnp.int32), **options)[0][0]
-    with nn.intercept_methods(base_model_gives(model, keep)):
-        outputs = model(batch["input_ids"], batch["attention_mask"], dropout_rng=dropout_rng, **mode, **options)
-    states = kept[0] if kept else outputs[0]  # a model of other anatomy: its logits, all of them
-    return states.reshape(-1, states.shape[-1]), head if kept else lambda logits: logits
+    with nn.intercept_methods(keep):
+        logits = model(batch["input_ids"], batch["attention_mask"], dropout_rng=dropout_rng, **mode, **options)[0]
+    if not kept:  # a model of other anatomy, whose head has run on every position
+        return logits.reshape(-1, logits.shape[-1]), lambda logits: logits
+    (states,) = kept.values()
+    return states.reshape(-1, states.shape[-1]), head
 
 def loss_sums(params, batch, model, checkpointing, dropout_rng=None):
     """Cross-entropy in float32 of each token given those before it, summed, and the sums that means are of. `batch`

@@ -46,7 +46,7 @@ def change(path, name: str, edit) -> str:
 
 EDITS = {
     "a comment more": lambda lines: [*lines[:-1], lines[-1].rstrip("\n") + "  # changed\n"],
-    "a line less": lambda lines: [*lines[:2], *lines[3:]],
+    "a space more": lambda lines: [lines[0].replace(":", " :"), *lines[1:]],
     "a line more": lambda lines: [lines[0], "    # changed\n", *lines[1:]],
 }
 

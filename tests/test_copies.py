@@ -46,7 +46,7 @@ def change(path, name: str, edit) -> str:
 
 EDITS = {
     "a comment more": lambda lines: [*lines[:-1], lines[-1].rstrip("\n") + "  # changed\n"],
-    "a space more": lambda lines: [lines[0].replace(":", " :"), *lines[1:]],
+    "a space more": lambda lines: [*lines[:-1], lines[-1].rstrip("\n") + " \n"],
     "a line more": lambda lines: [lines[0], "    # changed\n", *lines[1:]],
 }
 

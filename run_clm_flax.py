@@ -219,22 +219,39 @@ def split_at_head(params, batch, model, dropout_rng):
     (states,) = kept.values()
     return states.reshape(-1, states.shape[-1]), head
 
+def sum_of_pieces(function, xs):
+    """The sum of `function` over the leading axis of `xs`. When it is differentiated, the gradients of a piece are
+    computed together with its value, so that nothing of it is kept for the backward pass, or computed again there."""
+    function, used = jax.closure_convert(function, *jax.tree.map(lambda x: x[0], xs))  # of the parameters, the head's
+    @jax.custom_vjp
+    def total(used, states, labels):
+        return jax.lax.map(lambda piece: function(*piece, *used), (states, labels)).sum()
+    def forward(used, states, labels):
+        def add(sums, piece):
+            value_and_grads = jax.value_and_grad(lambda used, states: function(states, piece[1], *used), (0, 1))
+            value, (of_used, of_states) = value_and_grads(used, piece[0])
+            return jax.tree.map(jnp.add, sums, (value, of_used)), of_states
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, used))
+        (value, of_used), of_states = jax.lax.scan(add, zeros, (states, labels))
+        return value, (of_used, of_states)
+    total.defvjp(forward, lambda grads, scale: (*jax.tree.map(lambda x: x * scale.astype(x.dtype), grads), None))
+    return total(used, *xs)
+
 def loss_sums(params, batch, model, checkpointing, dropout_rng=None):
     """Cross-entropy in float32 of each token given those before it, summed, and the sums that means are of. `batch`
-    holds input_ids, attention_mask and labels, [batch, length] int32. The logits never exist all at once: head and
-    loss work on one of PIECES at a time, forward, and again in the backward pass."""
+    holds input_ids, attention_mask and labels, [batch, length] int32. The logits never exist all at once: head, loss
+    and their gradients are computed for one of PIECES at a time."""
     with nn.intercept_methods(recompute_blocks()) if checkpointing else nullcontext():
         states, head = split_at_head(params, batch, model, dropout_rng)
     labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE).reshape(-1)
     predicted, surplus = (labels != IGNORE).sum(dtype=jnp.float32), -len(labels) % PIECES
     states = jnp.pad(states, ((0, surplus), (0, 0))).reshape(PIECES, -1, states.shape[-1])
     labels = jnp.pad(labels, (0, surplus), constant_values=IGNORE).reshape(PIECES, -1)
-    @partial(jax.checkpoint, prevent_cse=False)  # which scan prevents
-    def add_piece(loss, piece):
-        logits, labels = head(piece[0]).astype(jnp.float32), piece[1]
+    def piece_loss(states, labels):
+        logits = head(states).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-        return loss + jnp.where(labels != IGNORE, losses, 0).sum(), None
-    loss, _ = jax.lax.scan(add_piece, jnp.float32(0), (states, labels))
+        return jnp.where(labels != IGNORE, losses, 0).sum()
+    loss = sum_of_pieces(piece_loss, (states, labels))
     return loss, {"loss": loss, "predicted": predicted}
 
 def load_texts(args):

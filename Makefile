@@ -1,4 +1,4 @@
-# make quickstart | test | lint | clean, each from a fresh clone: Python 3.10 or newer and make are all they need.
+# make quickstart | test | lint | fix-copies | clean, from a fresh clone: Python 3.10 or newer and make suffice.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: help env quickstart test lint format clean
+.PHONY: help env quickstart test lint format fix-copies clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make lint         check style, without changing a file"
 	@echo "make format       put files into the style that lint checks"
+	@echo "make fix-copies   write what run_mlm_flax.py shares with the other scripts into them"
 	@echo "make clean        remove what the quickstart and the tools wrote, but not $(VENV)"
 	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) QUICKSTART=$(QUICKSTART)"
 
@@ -49,6 +50,9 @@ lint: $(INSTALLED_DEV)
 format: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m ruff check --fix .
 	$(VENV)/bin/python -m ruff format .
+
+fix-copies:
+	@$(PYTHON) tests/copies.py --fix
 
 clean:
 	rm -rf quickstart .pytest_cache .ruff_cache

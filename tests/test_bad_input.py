@@ -243,6 +243,7 @@ ENVIRONMENT = {
         {"validation_file": None, "validation_split_percentage": 0},
         ["--validation_split_percentage", "400"],
     ),
+    "too long a block": ({"block_size": LENGTH + 1}, ["--block_size", LENGTH + 1, f" {LENGTH} "]),
     "too long": ({"max_seq_length": LENGTH + 1}, ["--max_seq_length", LENGTH + 1, f" {LENGTH} "]),
     "no such config": ({"config_name": "missing"}, ["missing"]),
     "a broken config": ({"config_name": "broken_config"}, ["broken_config"]),
@@ -251,7 +252,7 @@ ENVIRONMENT = {
     "no such model": ({"model_name_or_path": "missing", "config_name": None}, ["missing"]),
     "a model without weights": ({"model_name_or_path": "start", "config_name": None}, ["start"]),
     "a model with broken weights": ({"model_name_or_path": "broken_weights"}, ["broken_weights"]),
-    "model_type of another config": ({"model_type": "OTHER"}, ["--model_type", "OTHER", "roberta"]),
+    "model_type of another config": ({"model_type": "OTHER"}, ["--model_type", "OTHER", "OWN"]),
     "no mask token": ({"tokenizer_name": "without_mask"}, ["without_mask", "mask token"]),
     "no pad token": ({"tokenizer_name": "without_pad", "line_by_line": True}, ["without_pad", "pad token"]),
     "a tokenizer too large": (
@@ -270,10 +271,13 @@ ENVIRONMENT = {
 @pytest.mark.parametrize("case", ENVIRONMENT)
 def test_wrong_data_or_environment(place, case):
     changes, words = ENVIRONMENT[case]
-    skip_unless_known(place.script, changes)
-    other = place.script.other_model_type
-    changes = {flag: other if value == "OTHER" else value for flag, value in changes.items()}
-    check_everywhere(place, changes, 1, [str(word).replace("OTHER", other) for word in words])
+    script = place.script
+    skip_unless_known(script, changes)
+    if case == "no mask token" and "mask_token" not in script.path.read_text():
+        pytest.skip(f"{script} needs none")
+    names = {"OTHER": script.other_model_type, "OWN": script.model_type}
+    changes = {flag: names.get(value, value) for flag, value in changes.items()}
+    check_everywhere(place, changes, 1, [names.get(word, word) for word in words])
 
 
 @pytest.mark.parametrize(
@@ -325,7 +329,7 @@ def test_a_larger_tokenizer_gets_a_larger_table(place):
     assert {str(NUM_WORDS + 15), str(NUM_WORDS + 5)} <= set(re.findall(r"\d+", line))
     assert json.loads((place.directory / "enlarged" / "config.json").read_text())["vocab_size"] == NUM_WORDS + 15
     weights = load_file(place.directory / "enlarged" / "model.safetensors")
-    tables = {value.shape for name, value in weights.items() if name.endswith("embeddings.weight")}
+    tables = {value.shape for value in weights.values() if value.ndim == 2}
     assert NUM_WORDS + 15 in {rows for rows, _ in tables}
     assert NUM_WORDS + 5 not in {rows for rows, _ in tables}
 

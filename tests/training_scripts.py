@@ -75,6 +75,24 @@ def tiny_roberta(directory: Path, **changes):
     RobertaConfig(**{**settings, **changes}).save_pretrained(directory)
 
 
+def tiny_gpt2(directory: Path, **changes):
+    """A tokenizer and the configuration of a GPT-2 of one layer, with dropout."""
+    from transformers import GPT2Config
+
+    tokenizer = word_tokenizer(directory)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": LENGTH,
+        "resid_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+    }
+    GPT2Config(**{**settings, **changes}).save_pretrained(directory)
+
+
 # -------------------------------------------------------------------------------------------------------- scripts
 
 
@@ -105,6 +123,15 @@ SCRIPTS = [
         write_model=tiny_roberta,
         no_dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         modules=("transformers.models.roberta.modeling_flax_roberta",),
+    ),
+    Script(
+        "run_clm_flax.py",
+        model_type="gpt2",
+        other_model_type="opt",
+        write_model=tiny_gpt2,
+        no_dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        length_flag="block_size",
+        modules=("transformers.models.gpt2.modeling_flax_gpt2",),
     ),
 ]
 

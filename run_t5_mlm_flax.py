@@ -191,7 +191,7 @@ def noise_counts(length: int, noise_density: float, mean_noise_span_length: floa
     return num_noise, min(max(round(num_noise / mean_noise_span_length), 1), num_noise, length - num_noise)
 
 def compute_input_and_target_lengths(inputs_length: int, noise_density: float, mean_noise_span_length: float):
-    """How many tokens make an input of `inputs_length`, sentinels and eos included, and the length of their target."""
+    """How many tokens fill an input of `inputs_length`, sentinels and eos included, and the length of their target."""
     def lengths(num_tokens):
         num_noise, num_spans = noise_counts(num_tokens, noise_density, mean_noise_span_length)
         return num_tokens - num_noise + num_spans + 1, num_noise + num_spans + 1
@@ -210,9 +210,10 @@ def random_lengths(draws: np.ndarray, num_parts: int) -> np.ndarray:
 
 @dataclass
 class FlaxDataCollatorForT5MLM:
-    """T5's span corruption of a whole batch at once: rows of `max_length` tokens become inputs of `inputs_length` and
-    targets of `targets_length`. Both the tokens left out and the others are split at random into spans, and these
-    alternate, the others first. A token takes one 64-bit draw: row r starts at draw r * max_length."""
+    """T5's span corruption of a whole batch at once. Rows of `max_length` tokens become inputs of `inputs_length` (one
+    less if that is even and spans are as many as tokens between them) and targets of `targets_length`. What is left
+    out and what stays are split at random into spans, which alternate, first one that stays. A token takes one 64-bit
+    draw: row r starts at draw r * max_length."""
     tokenizer: transformers.PreTrainedTokenizerBase
     inputs_length: int
     noise_density: float = 0.15

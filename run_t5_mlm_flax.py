@@ -110,9 +110,9 @@ class TrainingArguments:
     _argument_group_name = "training"
     output_dir: str = HfArg(help="Where the model, its checkpoints and logs are written.")
     overwrite_output_dir: bool = HfArg(default=False, help="Start over: discard the checkpoints in output_dir.")
-    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Its folder.")
-    do_train: bool = HfArg(default=False, help="Only train. With neither do_train nor do_eval: both.")
-    do_eval: bool = HfArg(default=False, help="Only evaluate; with do_train: both.")
+    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Checkpoint.")
+    do_train: bool = HfArg(default=False, help="Train; alone: without evaluation. With neither of the two: both.")
+    do_eval: bool = HfArg(default=False, help="Evaluate; alone: a trained model.")
     per_device_train_batch_size: int = HfArg(default=8, help="Sequences a device and a forward pass.")
     per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes an optimizer step.")
@@ -411,7 +411,7 @@ def load_model(args, config):
     return model, unflatten_dict(params)
 
 def make_optimizer(args, num_steps: int):
-    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; and the learning rate by step."""
+    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; a table of the rate, by step."""
     peak, warmup, decay_steps = args.learning_rate, args.warmup_steps, max(1, num_steps - args.warmup_steps)
     after = {
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
@@ -428,7 +428,7 @@ def make_optimizer(args, num_steps: int):
         adam = partial(optax.adamw, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon)
         optimizer = adam(schedule, weight_decay=args.weight_decay, mask=matrices)
     clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
-    return optax.chain(clip, optimizer), schedule
+    return optax.chain(clip, optimizer), np.asarray(jax.vmap(schedule)(jnp.arange(num_steps + 1))).__getitem__
 
 def train_step(state, totals, batch, seed, **fixed):
     """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since
@@ -447,10 +447,9 @@ def train_step(state, totals, batch, seed, **fixed):
     sums["grad_norm"] = optax.global_norm(grads)
     return state.apply_gradients(grads=grads), jax.tree.map(jnp.add, totals, sums)
 
-def evaluate(p_eval_step, sequences, collator, args, params) -> dict[str, float]:
+def evaluate(p_eval_step, sequences, collator, seed: int, batch_size: int, params) -> dict[str, float]:
     """Mean loss and accuracy of all predicted tokens, and perplexity."""
-    batches = eval_batches(sequences, collator, args.seed, args.per_device_eval_batch_size)
-    sums = [p_eval_step(params, batch) for batch in prefetch(batches)]
+    sums = [p_eval_step(params, batch) for batch in prefetch(eval_batches(sequences, collator, seed, batch_size))]
     sums = {name: sum(float(np.asarray(batch[name])[0]) for batch in sums) for name in sums[0]}
     loss, accuracy = (sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy"))
     return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": math.exp(min(loss, 700))}
@@ -530,6 +529,7 @@ class Saver(ThreadPoolExecutor):
         (self.aside / "model.safetensors").chmod((self.aside / "config.json").stat().st_mode)  # else the owner's alone
         for file in self.aside.iterdir():
             file.replace(self.output_dir / file.name)
+        self.aside.rmdir()
         self.uploading = self.upload and not last and self.submit(self.try_upload, step)
     def try_upload(self, step: int):
         try:
@@ -543,6 +543,7 @@ def find_checkpoints(args) -> list[Path]:
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     explain(f"--output_dir {output_dir}: {parent} is not writable", tempfile.TemporaryFile, dir=parent)
     ours = args.overwrite_output_dir or not args.do_train or wanted or (output_dir / "checkpoints").is_dir()
+    ours = ours or output_dir in {Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name}
     empty = parent != output_dir or not any(output_dir.iterdir())
     require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
     path = Path(wanted or output_dir).absolute()
@@ -558,7 +559,7 @@ def restore(checkpoints: list[Path], state, run: dict):
         try:
             found = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
             for name, value in run.items():
-                require(found[name] == value, f"{path}: its {name} is {found[name]}, of this run {value}")
+                require(found.get(name, value) == value, f"{path}: its {name} is {found.get(name)}, here {value}")
             return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state, step
         except InputError:
             raise
@@ -617,7 +618,7 @@ def main(args) -> int:
     model, params = load_model(args, config)
     optimizer, schedule = make_optimizer(args, num_steps)
     state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
-    run = {name: x for name, x in json.loads(config.to_json_string()).items() if name != "transformers_version"}
+    run = json.loads(config.to_json_string()) | {"transformers_version": None, "architectures": None}
     run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
     if checkpoints and args.do_train:
         state, step = restore(checkpoints, state, run)
@@ -630,7 +631,7 @@ def main(args) -> int:
     fixed = {"model": model}
     p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
-    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args)
+    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)
     if args.do_train:
         num_params, devices = sum(x.size for x in jax.tree.leaves(params)), jax.device_count()
         logger.info(f"Training {num_params:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "

@@ -611,6 +611,7 @@ def main(args) -> int:
     shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
     batch_size, num_sequences = jax.device_count() * math.prod(shape), len(train_set.ends) if train_set else 0
     steps_per_epoch, sizes = num_sequences // batch_size, f"{num_sequences:,} sequences of {max_length} tokens"
+    sizes += f" (inputs of {inputs_length}, targets of {collator.targets_length})"
     require(steps_per_epoch or not args.do_train, f"too little training data: {sizes}, and a batch takes {batch_size}")
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
 

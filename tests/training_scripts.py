@@ -109,6 +109,7 @@ class Script:
     write_model: Callable  # (directory, **changes of the config) -> None: tokenizer and config of a tiny model
     no_dropout: tuple[str, ...]  # the config's dropout rates, to be set to 0
     length_flag: str = "max_seq_length"
+    width: str = "hidden_size"  # in its config
     modules: tuple[str, ...] = ()  # what a run imports late, for the fork server to import early
     flags: tuple[str, ...] = ()  # that it needs more than the others
     block: int = LENGTH  # tokens of text that a sequence of LENGTH takes
@@ -139,6 +140,7 @@ SCRIPTS = [
         write_model=tiny_t5,
         no_dropout=("dropout_rate",),
         modules=("transformers.models.t5.modeling_flax_t5", "transformers.models.longt5.modeling_flax_longt5"),
+        width="d_model",
         block=34,  # 5 of them in 2 spans: 29, 2 sentinels and eos
         num_sentinels=NUM_SENTINELS,
         has_positions=False,

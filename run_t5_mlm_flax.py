@@ -229,12 +229,12 @@ class FlaxDataCollatorForT5MLM:
         sentinels = [ids[token] for i in range(len(ids)) if (token := f"<extra_id_{i}>") in ids]
         message = f"{len(sentinels)} sentinels <extra_id_...>, and {self.inputs_length} tokens have {self.num_spans}"
         require(len(sentinels) >= self.num_spans, f"{name}: it has {message} spans; lower --max_seq_length?")
-        self.sentinels = np.array([sentinels[: self.num_spans]], np.int32)
+        self.sentinels, self.eos_token_id = np.array(sentinels[: self.num_spans]), self.tokenizer.eos_token_id
     def with_sentinels(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """`tokens` with sentinels so as to be at `positions`, and with eos: [rows, length + spans + 1] int32."""
-        result = np.full((len(positions), tokens.size // len(positions) + self.num_spans + 1), -1, np.int32)
-        result[:, -1] = self.tokenizer.eos_token_id
-        np.put_along_axis(result, positions, self.sentinels, axis=1)
+        rows = np.arange(len(positions))[:, None]
+        result = np.full((len(rows), tokens.size // len(rows) + self.num_spans + 1), -1, np.int32)
+        result[rows, positions], result[:, -1] = self.sentinels, self.eos_token_id
         result[result == -1] = tokens
         return result
     def __call__(self, examples: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -248,7 +248,8 @@ class FlaxDataCollatorForT5MLM:
         is_noise = is_noise.reshape(input_ids.shape)
         labels = self.with_sentinels(input_ids[is_noise], noise.cumsum(axis=1) - noise + spans)
         input_ids = self.with_sentinels(input_ids[~is_noise], plain.cumsum(axis=1) + spans)
-        decoder_input_ids = np.insert(labels[:, :-1], 0, self.decoder_start_token_id, axis=1)
+        decoder_input_ids = np.roll(labels, 1, axis=1)
+        decoder_input_ids[:, 0] = self.decoder_start_token_id
         return {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids),
                 "labels": labels, "decoder_input_ids": decoder_input_ids}
 

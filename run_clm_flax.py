@@ -487,9 +487,8 @@ class Saver(ThreadPoolExecutor):
         self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
         self.saving = self.submit(self.write, state, step, last)
     def write(self, state, step: int, last: bool):
-        if step not in self.manager.all_steps():
-            items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self.run)}
-            self.manager.save(step, args=ocp.args.Composite(**items))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(self.run))
+        step in self.manager.all_steps() or self.manager.save(step, args=items)
         if self.uploading and not self.uploading.done() and not last:
             return  # no file may change during an upload; a later save exports
         self.uploading and self.uploading.result()

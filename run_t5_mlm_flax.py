@@ -77,7 +77,7 @@ def explain(what: str, function, *args, **kwargs):
 class ModelArguments:
     _argument_group_name = "model"
     model_name_or_path: str | None = HfArg(default=None, help="Hub id or folder of a model to go on from.")
-    model_type: str | None = HfArg(default=None, help="Family to train from scratch: t5, mt5 or longt5.")
+    model_type: str | None = HfArg(default=None, help="Family of a model to train from scratch.")
     config_name: str | None = HfArg(default=None, help="Hub id or folder of a config, if not the model's.")
     tokenizer_name: str | None = HfArg(default=None, help="Hub id or folder of a tokenizer, if not the model's.")
     cache_dir: str | None = HfArg(default=None, help="For downloads, tokenized data and compiled programs.")
@@ -432,7 +432,7 @@ def make_optimizer(args, num_steps: int):
 
 def train_step(state, totals, batch, seed, **fixed):
     """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since
-    the last log line. Gradients of the summed loss are summed over micro-batches and devices, and divided once."""
+    the last log line. Gradients of `loss_sums(**fixed)` are summed over micro-batches and devices, divided once."""
     rng = jax.random.fold_in(jax.random.key(seed, impl=DROPOUT_PRNG), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
     def micro_step(sums, inputs):
@@ -448,11 +448,11 @@ def train_step(state, totals, batch, seed, **fixed):
     return state.apply_gradients(grads=grads), jax.tree.map(jnp.add, totals, sums)
 
 def evaluate(p_eval_step, sequences, collator, seed: int, batch_size: int, params) -> dict[str, float]:
-    """Mean loss and accuracy of all predicted tokens, and perplexity."""
+    """Mean loss of all predicted tokens, perplexity, and accuracy if `loss_sums` counts it."""
     sums = [p_eval_step(params, batch) for batch in prefetch(eval_batches(sequences, collator, seed, batch_size))]
     sums = {name: sum(float(np.asarray(batch[name])[0]) for batch in sums) for name in sums[0]}
-    loss, accuracy = (sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy"))
-    return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": math.exp(min(loss, 700))}
+    means = {f"eval_{name}": sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy") if name in sums}
+    return {**means, "eval_perplexity": math.exp(min(means["eval_loss"], 700))}
 
 def shard(tree):
     """Arrays [local devices, ...] onto the local devices, on the mesh where pmap over "batch" puts its own output; on

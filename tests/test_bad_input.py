@@ -192,6 +192,8 @@ def skip_unless_known(script, changes):
 def test_wrong_command_line(place, case):
     changes, words = COMMAND_LINES[case]
     skip_unless_known(place.script, changes)
+    if case == "no model" and not place.script.needs_model_type:
+        pytest.skip("a model of the default type can be trained from scratch")
     check_everywhere(place, changes, 2, words)
 
 
@@ -353,9 +355,9 @@ def test_a_larger_tokenizer_gets_a_larger_table(place):
     assert {str(own + 10), str(own)} <= set(re.findall(r"\d+", line))
     assert json.loads((place.directory / "enlarged" / "config.json").read_text())["vocab_size"] == own + 10
     weights = load_file(place.directory / "enlarged" / "model.safetensors")
-    tables = {value.shape for value in weights.values() if value.ndim == 2}
-    assert own + 10 in {rows for rows, _ in tables}
-    assert own not in {rows for rows, _ in tables}
+    sizes = {size for value in weights.values() for size in value.shape}
+    assert own + 10 in sizes
+    assert own not in sizes
 
 
 def test_quoted_values_through_a_shell(place):

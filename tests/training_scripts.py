@@ -116,6 +116,27 @@ def tiny_t5(directory: Path, **changes):
     T5Config(**{**settings, **changes}).save_pretrained(directory)
 
 
+def tiny_bart(directory: Path, **changes):
+    """A tokenizer and the configuration of a BART of one layer a side, with dropout."""
+    from transformers import BartConfig
+
+    tokenizer = word_tokenizer(directory)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": LENGTH,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+    }
+    BartConfig(**{**settings, **changes}).save_pretrained(directory)
+
+
 # -------------------------------------------------------------------------------------------------------- scripts
 
 
@@ -132,6 +153,7 @@ class Script:
     flags: tuple[str, ...] = ()  # that it needs more than the others
     block: int = LENGTH  # tokens of text that a sequence of LENGTH takes
     num_sentinels: int = 0  # of its tokenizer
+    needs_model_type: bool = True  # without a config; else it has a default
     has_positions: bool = True  # a table of them, which limits the length
 
     def __str__(self):
@@ -171,6 +193,16 @@ SCRIPTS = [
         block=34,  # 5 of them in 2 spans: 29, 2 sentinels and eos
         num_sentinels=NUM_SENTINELS,
         has_positions=False,
+    ),
+    Script(
+        "run_bart_dlm_flax.py",
+        model_type="bart",
+        other_model_type="mbart",
+        write_model=tiny_bart,
+        no_dropout=("dropout", "attention_dropout", "activation_dropout"),
+        modules=("transformers.models.bart.modeling_flax_bart",),
+        width="d_model",
+        needs_model_type=False,
     ),
 ]
 

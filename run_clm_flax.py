@@ -49,7 +49,7 @@ from transformers.hf_argparser import HfArg
 logger = logging.getLogger(__name__)
 DROPOUT_PRNG = "rbg"  # the fast generator of jax.random; its bits depend on the key and the kind of device alone
 IGNORE = -100  # the label of a token that is not predicted
-PIECES = 8  # the logits of a batch are computed in so many, one after the other; benchmarks/clm_memory.py compares
+PIECES = 8  # the logits of a batch are computed in so many, one after the other
 CheckpointOptions = partial(ocp.CheckpointManagerOptions, create=False, enable_async_checkpointing=False,
     multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}))
 

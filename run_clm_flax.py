@@ -49,7 +49,7 @@ from transformers.hf_argparser import HfArg
 logger = logging.getLogger(__name__)
 DROPOUT_PRNG = "rbg"  # the fast generator of jax.random; its bits depend on the key and the kind of device alone
 IGNORE = -100  # the label of a token that is not predicted
-PIECES = 8  # the logits of a batch are computed in so many, one after the other; benchmarks/clm_memory.py compares
+PIECES = 8  # the logits of a batch are computed in so many, one after the other
 CheckpointOptions = partial(ocp.CheckpointManagerOptions, create=False, enable_async_checkpointing=False,
     multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}))
 
@@ -504,9 +504,8 @@ class Saver(ThreadPoolExecutor):
         self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
         self.saving = self.submit(self.write, state, step, last)
     def write(self, state, step: int, last: bool):
-        if step not in self.manager.all_steps():
-            items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self.run)}
-            self.manager.save(step, args=ocp.args.Composite(**items))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(self.run))
+        step in self.manager.all_steps() or self.manager.save(step, args=items)
         if self.uploading and not self.uploading.done() and not last:
             return  # no file may change during an upload; a later save exports
         self.uploading and self.uploading.result()

@@ -222,24 +222,26 @@ class FlaxDataCollatorForLanguageModeling:
         tokens[where] = np.where(low < first, self.tokenizer.mask_token_id, np.where(low < last, random, predicted))
         return {**examples, "labels": labels}
 
-def head_only_at(positions):
-    """Interceptor (`flax.linen.intercept_methods`): of a base model's tuple the head gets [1, positions, width], not
-    all hidden states [batch, length, width]. In Transformers' masked-language models it works position by position."""
+def head_only_at(positions, last_layer: str):
+    """Interceptor (`flax.linen.intercept_methods`) that goes on with hidden states [1, positions, width], in place of
+    [batch, length, width], once each is on its own: after the last attention or, if it has other names, the base."""
+    select, done = lambda x: x.reshape(-1, x.shape[-1]).at[positions].get(mode="clip")[None], []
     def interceptor(next_function, args, kwargs, context):
+        path = context.module.path
+        if path[2:] == ("layer", last_layer, "attention", "output"):
+            return done.append(path) or next_function(*map(select, args), **kwargs)
         outputs = next_function(*args, **kwargs)
-        if len(context.module.path) != 1 or not isinstance(outputs, tuple):
-            return outputs
-        return (outputs[0].reshape(-1, outputs[0].shape[-1]).at[positions].get(mode="clip")[None], *outputs[1:])
+        base = len(path) == 1 and isinstance(outputs, tuple)
+        return (select(outputs[0]), *outputs[1:]) if base and not done else outputs
     return interceptor
 
 def loss_sums(params, batch, model, num_slots, dropout_rng=None):
     """Cross-entropy in float32 of the tokens with a label other than -100, summed, and the sums that means are of.
-    `batch` holds input_ids, attention_mask and labels, [batch, length] int32. The head, most of the work in a small
-    model, runs on `num_slots(batch * length)` positions instead of all."""
+    `batch` has input_ids, attention_mask, labels, [batch, length] int32; `num_slots(batch * length)` are predicted."""
     labels, train = batch["labels"].reshape(-1), dropout_rng is not None
     (positions,) = jnp.nonzero(labels != IGNORE, size=num_slots(labels.size), fill_value=labels.size)
     labels = labels.at[positions].get(mode="fill", fill_value=IGNORE)
-    with nn.intercept_methods(head_only_at(positions)):
+    with nn.intercept_methods(head_only_at(positions, str(model.config.num_hidden_layers - 1))):
         options = {"params": params, "dropout_rng": dropout_rng, "train": train, "return_dict": False}
         own = {"electra": {"token_type_ids": 0 * batch["input_ids"]}, "big_bird": {"indices_rng": dropout_rng}}
         options |= own.get(model.config.model_type, {})  # in Flax, ELECTRA's default is 1, and BigBird's blocks random
@@ -322,11 +324,11 @@ class Sequences(NamedTuple):
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
     """Lines cut off at `max_length`, or blocks of `max_length` tokens out of all texts end to end."""
     options = {"max_length": max_length, "line_by_line": args.line_by_line, "whole_words": args.whole_word_mask}
-    kinds = {"input_ids": datasets.Value("int32"), "continues_word": datasets.Value("int8")}
+    kinds = {"input_ids": "int32", "continues_word": "int8"}
+    kinds = datasets.Features({name: datasets.Sequence(datasets.Value(kind)) for name, kind in kinds.items()})
     encoded = dataset.map(
-        partial(encode, tokenizer=tokenizer, **options), batched=True, remove_columns=dataset.column_names,
-        features=datasets.Features({name: datasets.Sequence(kind) for name, kind in kinds.items()}),
-        num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache, desc=f"{what} data")
+        partial(encode, tokenizer=tokenizer, **options), batched=True, remove_columns=dataset.column_names, desc=what,
+        features=kinds, num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache)
     require(len(encoded), f"the {what} data has no text: all of its {len(dataset)} rows are blank")
     chunks = {name: encoded.data.column(name).chunks for name in kinds}
     columns = [np.concatenate([chunk.flatten().to_numpy() for chunk in chunks[name]]) for name in kinds]
@@ -412,8 +414,7 @@ def load_model(args, config):
         try:
             return pretrained(_do_init=False)
         except ValueError:  # PyTorch's files are read into an initialized model only
-            model = pretrained()
-            return model, model.params
+            return (model := pretrained()), model.params
     model, params = explain(f"{name} has no model of type {config.model_type}", load)
     checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
     checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
@@ -531,9 +532,8 @@ class Saver(ThreadPoolExecutor):
         self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
         self.saving = self.submit(self.write, state, step, last)
     def write(self, state, step: int, last: bool):
-        if step not in self.manager.all_steps():
-            items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self.run)}
-            self.manager.save(step, args=ocp.args.Composite(**items))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(self.run))
+        step in self.manager.all_steps() or self.manager.save(step, args=items)
         if self.uploading and not self.uploading.done() and not last:
             return  # no file may change during an upload; a later save exports
         self.uploading and self.uploading.result()

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Tokens a second that the collator of run_mlm_flax.py masks on one core, beside a loop over rows and tokens.
+"""Tokens a second that the collators mask on one core, beside loops over rows and tokens in the plainest words.
 
     python benchmarks/collator.py [--repetitions 1000] [--json FILE]
 
-Batches are of one device, of full rows with a special token at both ends, masked with a fresh generator each, as in
-training. Figures are medians; the copy of the tokens that the collator may overwrite is not in them.
+Batches are of one device, of full rows, masked with a fresh generator each, as in training: for run_mlm_flax.py with
+a special token at both ends, for run_t5_mlm_flax.py of the length that makes inputs of the length given. Figures are
+medians; the copy of the tokens that the collator may overwrite is not in them.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from run_mlm_flax import FlaxDataCollatorForLanguageModeling
+from run_t5_mlm_flax import FlaxDataCollatorForT5MLM
 
 SHAPES = ((8, 128), (64, 128), (32, 512))
 
@@ -36,6 +38,14 @@ class Tokenizer:
         return 50265
 
 
+class TokenizerOfT5:
+    eos_token_id = 1
+    name_or_path = "as T5"
+
+    def get_vocab(self):
+        return {f"<extra_id_{i}>": 32099 - i for i in range(100)}
+
+
 def mask_by_rows(input_ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator, probability: float = 0.15):
     """The objective in the plainest words: one row and one token after the other."""
     shown, labels = input_ids.copy(), np.full_like(input_ids, -100)
@@ -49,6 +59,33 @@ def mask_by_rows(input_ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Gen
                 elif kind < 0.9:
                     shown[row, position] = rng.integers(len(tokenizer))
     return shown, labels
+
+
+def random_composition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
+    ends = np.sort(1 + rng.choice(total - 1, parts - 1, replace=False))
+    return np.diff(ends, prepend=0, append=total).tolist()
+
+
+def corrupt_by_rows(rows: np.ndarray, num_noise: int, num_spans: int, rng: np.random.Generator):
+    """T5's objective in the plainest words."""
+    inputs, targets = [], []
+    for row in rows.tolist():
+        plain = random_composition(len(row) - num_noise, num_spans, rng)
+        noise = random_composition(num_noise, num_spans, rng)
+        inputs.append([])
+        targets.append([])
+        tokens = iter(row)
+        for number in range(num_spans):
+            for _ in range(plain[number]):
+                inputs[-1].append(next(tokens))
+            inputs[-1].append(32099 - number)
+            targets[-1].append(32099 - number)
+            for _ in range(noise[number]):
+                targets[-1].append(next(tokens))
+        inputs[-1].append(1)
+        targets[-1].append(1)
+    labels = np.array(targets, np.int32)
+    return np.array(inputs, np.int32), labels, np.concatenate([np.zeros_like(labels[:, :1]), labels[:, :-1]], axis=1)
 
 
 def make_batch(rows: int, length: int, rng: np.random.Generator, whole_words: bool) -> dict[str, np.ndarray]:
@@ -93,6 +130,23 @@ def measure_by_rows(rows: int, length: int, repetitions: int) -> float:
     return rows * length / median_seconds(prepare, max(3, repetitions // 100))
 
 
+def measure_t5(rows: int, length: int, repetitions: int) -> tuple[float, float]:
+    """Of the collator, and of the loop over rows."""
+    collator = FlaxDataCollatorForT5MLM(TokenizerOfT5(), length)
+    input_ids = np.random.default_rng(0).integers(3, 32000, (rows, collator.max_length), dtype=np.int32)
+
+    def prepare(repetition):
+        rng = np.random.Generator(np.random.PCG64((42, 1, repetition)))
+        return lambda: collator({"input_ids": input_ids}, rng)
+
+    def prepare_by_rows(repetition):
+        rng = np.random.default_rng(repetition)
+        return lambda: corrupt_by_rows(input_ids, collator.num_noise, collator.num_spans, rng)
+
+    by_rows = median_seconds(prepare_by_rows, max(3, repetitions // 100))
+    return input_ids.size / median_seconds(prepare, repetitions), input_ids.size / by_rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=1000)
@@ -102,17 +156,17 @@ def main():
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     figures = {"numpy": np.__version__, "python": platform.python_version(), "machine": platform.machine()}
     figures["million_tokens_per_second"] = {}
-    print(f"{'rows x length':>14}{'collator':>12}{'whole words':>14}{'by rows':>12}   million tokens a second")
+    columns = ("MLM", "whole words", "by rows", "T5", "by rows")
+    print(f"{'rows x length':>14}{''.join(f'{name:>14}' for name in columns)}   million tokens a second")
     for rows, length in SHAPES:
         found = {
             "collator": measure(rows, length, args.repetitions, whole_words=False) / 1e6,
             "whole_words": measure(rows, length, args.repetitions, whole_words=True) / 1e6,
             "by_rows": measure_by_rows(rows, length, args.repetitions) / 1e6,
         }
+        found["t5"], found["t5_by_rows"] = (rate / 1e6 for rate in measure_t5(rows, length, args.repetitions))
         figures["million_tokens_per_second"][f"{rows}x{length}"] = {k: round(v, 3) for k, v in found.items()}
-        print(
-            f"{rows:>8} x {length:<4}{found['collator']:>11.1f}{found['whole_words']:>14.1f}{found['by_rows']:>12.2f}"
-        )
+        print(f"{rows:>8} x {length:<3}{''.join(f'{rate:>14.2f}' for rate in found.values())}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

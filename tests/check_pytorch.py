@@ -9,8 +9,10 @@ than 1e-4. Not part of the test suite, which runs without PyTorch.
 """
 
 import argparse
+import importlib
 import inspect
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -22,9 +24,13 @@ def write_flax(folder: str, file: str) -> int:
     import jax
     import transformers
 
-    model = transformers.FlaxAutoModelForMaskedLM.from_pretrained(folder)
+    (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    if "T5" in name:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        importlib.import_module("run_t5_mlm_flax").mend_clip()
+    model = getattr(transformers, f"Flax{name}").from_pretrained(folder)
     rng = np.random.default_rng(0)
-    length = min(32, model.config.max_position_embeddings // 2)
+    length = min(32, getattr(model.config, "max_position_embeddings", 64) // 2)
     input_ids = rng.integers(0, model.config.vocab_size, (4, length))
     input_ids[input_ids == model.config.pad_token_id] += 1  # models that number their positions skip the padding
     attention_mask = (np.arange(length) < rng.integers(length // 2, length + 1, (4, 1))).astype(np.int64)
@@ -32,6 +38,8 @@ def write_flax(folder: str, file: str) -> int:
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if "token_type_ids" in inspect.signature(type(model).__call__).parameters:
         inputs["token_type_ids"] = np.zeros_like(input_ids)  # PyTorch's default; ELECTRA's in Flax is 1
+    if "T5" in name:  # which shifts nothing by itself
+        inputs["decoder_input_ids"] = input_ids
     with jax.default_matmul_precision("float32"):
         logits = np.asarray(model(**inputs).logits)
     np.savez(file, input_ids=input_ids, attention_mask=attention_mask, logits=logits)
@@ -43,11 +51,14 @@ def compare_torch(folder: str, file: str) -> int:
     import torch
     import transformers
 
-    model, loading = transformers.AutoModelForMaskedLM.from_pretrained(
+    (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    model, loading = getattr(transformers, name).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
     )
     data = np.load(file)
     inputs = {name: torch.from_numpy(data[name]) for name in ("input_ids", "attention_mask")}
+    if "T5" in name:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
         logits = model.eval()(**inputs).logits.numpy()
     shown = data["attention_mask"] == 1  # what padding predicts is nobody's concern

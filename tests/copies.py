@@ -22,7 +22,7 @@ DIFFER_BY_OBJECTIVE = {  # name: lines that may differ from the template's
     "load_texts": 10,
     "text_column": 16,
     "encode": ANY,
-    "Sequences": 4,
+    "Sequences": 10,
     "tokenize": 30,
     "make_batch": 20,
     "load_config_and_tokenizer": 24,

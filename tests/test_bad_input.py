@@ -71,9 +71,12 @@ def write_files(place: Place):
     shutil.copytree(folder / "present", folder / "broken_weights")
     (folder / "broken_weights" / "flax_model.msgpack").write_bytes(b"no weights")
     (folder / "broken_weights" / "model.safetensors").unlink()
-    word_tokenizer(folder / "without_mask", without=("mask",))
-    word_tokenizer(folder / "without_pad", without=("pad",))
-    word_tokenizer(folder / "larger", num_words=NUM_WORDS + 10)
+    count = place.script.num_sentinels
+    word_tokenizer(folder / "without_mask", without=("mask",), sentinels=count)
+    word_tokenizer(folder / "without_pad", without=("pad",), sentinels=count)
+    word_tokenizer(folder / "without_eos", without=("eos",), sentinels=count)
+    word_tokenizer(folder / "without_sentinels")
+    word_tokenizer(folder / "larger", num_words=NUM_WORDS + 10, sentinels=count)
     settings = {name: place.settings(output_dir) | changes for name, (output_dir, changes) in SETTINGS.items()}
     for name, values in settings.items():
         (folder / name).write_text(json.dumps(values, default=str))
@@ -89,6 +92,11 @@ SETTINGS = {
 @cache
 def flags_of(script: Script) -> set[str]:
     return set(re.findall(r"^    (\w+): ", script.path.read_text(), re.MULTILINE))
+
+
+def vocabulary(script: Script) -> int:
+    """The size of its tokenizer's, five special tokens included."""
+    return NUM_WORDS + 5 + script.num_sentinels
 
 
 def check_refused(run, status: int, words):
@@ -127,11 +135,17 @@ COMMAND_LINES = {
         {"whole_word_mask": True, "use_fast_tokenizer": "False"},
         ["--whole_word_mask", "fast"],
     ),
-    "train_ref_file with blocks": ({"train_ref_file": "short.refs"}, ["--train_ref_file", "--line_by_line"]),
+    "train_ref_file with blocks": (
+        {"train_ref_file": "short.refs", "line_by_line": False},
+        ["--train_ref_file", "--line_by_line"],
+    ),
     "validation_ref_file with blocks": (
-        {"validation_ref_file": "short.refs"},
+        {"validation_ref_file": "short.refs", "line_by_line": False},
         ["--validation_ref_file", "--line_by_line"],
     ),
+    "train_ref_file": ({"train_ref_file": "short.refs"}, ["--train_ref_file", "short.refs"]),
+    "validation_ref_file": ({"validation_ref_file": "short.refs"}, ["--validation_ref_file", "short.refs"]),
+    "too short for a span": ({"max_seq_length": 2, "mean_noise_span_length": 3}, ["--max_seq_length", "2", "3"]),
     "train_ref_file with a dataset": (
         {**NO_DATA, "dataset_name": "folder", "train_ref_file": "short.refs", "line_by_line": True},
         ["--train_ref_file", "--train_file"],
@@ -178,6 +192,8 @@ def skip_unless_known(script, changes):
 def test_wrong_command_line(place, case):
     changes, words = COMMAND_LINES[case]
     skip_unless_known(place.script, changes)
+    if case == "no model" and not place.script.needs_model_type:
+        pytest.skip("a model of the default type can be trained from scratch")
     check_everywhere(place, changes, 2, words)
 
 
@@ -236,7 +252,7 @@ ENVIRONMENT = {
     "lists as text": ({"train_file": "lists.parquet"}, ["lists.parquet", "text", "not text"]),
     "a column of numbers": ({"train_file": "count.csv", "text_column_name": "count"}, ["count.csv", "count", "int64"]),
     "ambiguous columns": ({"train_file": "ambiguous.csv"}, ["ambiguous.csv", "title", "body", "--text_column_name"]),
-    "too little for a block": ({"train_file": "short.txt"}, ["20", LENGTH]),  # 4 lines of <s>, 3 words, </s>
+    "too little for a block": ({"train_file": "short.txt"}, ["20", "BLOCK"]),  # 4 lines of <s>, 3 words, </s>
     "too little for a batch": ({"per_device_train_batch_size": 1000}, ["2000"]),
     "too little to split": ({"train_file": "two_lines.txt", "validation_file": None}, ["--validation", "2", "5"]),
     "no split": (
@@ -254,10 +270,16 @@ ENVIRONMENT = {
     "a model with broken weights": ({"model_name_or_path": "broken_weights"}, ["broken_weights"]),
     "model_type of another config": ({"model_type": "OTHER"}, ["--model_type", "OTHER", "OWN"]),
     "no mask token": ({"tokenizer_name": "without_mask"}, ["without_mask", "mask token"]),
+    "no eos token": ({"tokenizer_name": "without_eos", "mean_noise_span_length": 3}, ["without_eos", "eos token"]),
+    "no sentinels": (
+        {"tokenizer_name": "without_sentinels", "mean_noise_span_length": 3},
+        ["without_sentinels", "extra_id"],
+    ),
+    "too few sentinels": ({"max_seq_length": 512, "mean_noise_span_length": 3}, ["8", "28", "--max_seq_length"]),
     "no pad token": ({"tokenizer_name": "without_pad", "line_by_line": True}, ["without_pad", "pad token"]),
     "a tokenizer too large": (
         {"model_name_or_path": "present", "tokenizer_name": "larger"},
-        ["larger", NUM_WORDS + 15, NUM_WORDS + 5],
+        ["larger", "VOCABULARY + 10", "VOCABULARY"],
     ),
     "word references of another text": (
         {"train_ref_file": "short.refs", "line_by_line": True},
@@ -271,11 +293,14 @@ ENVIRONMENT = {
 @pytest.mark.parametrize("case", ENVIRONMENT)
 def test_wrong_data_or_environment(place, case):
     changes, words = ENVIRONMENT[case]
-    script = place.script
+    script, own = place.script, vocabulary(place.script)
     skip_unless_known(script, changes)
+    if case == "too long" and not script.has_positions:
+        pytest.skip(f"{script}: positions are relative")
     if case == "no mask token" and "mask_token" not in script.path.read_text():
         pytest.skip(f"{script} needs none")
-    names = {"OTHER": script.other_model_type, "OWN": script.model_type}
+    names = {"OTHER": script.other_model_type, "OWN": script.model_type, "BLOCK": script.block}
+    names |= {"VOCABULARY": own, "VOCABULARY + 10": own + 10}
     changes = {flag: names.get(value, value) for flag, value in changes.items()}
     check_everywhere(place, changes, 1, [names.get(word, word) for word in words])
 
@@ -326,12 +351,13 @@ def test_a_larger_tokenizer_gets_a_larger_table(place):
     assert run.returncode == 0, run.stderr
     (line,) = run.lines
     assert "WARNING" in line
-    assert {str(NUM_WORDS + 15), str(NUM_WORDS + 5)} <= set(re.findall(r"\d+", line))
-    assert json.loads((place.directory / "enlarged" / "config.json").read_text())["vocab_size"] == NUM_WORDS + 15
+    own = vocabulary(place.script)
+    assert {str(own + 10), str(own)} <= set(re.findall(r"\d+", line))
+    assert json.loads((place.directory / "enlarged" / "config.json").read_text())["vocab_size"] == own + 10
     weights = load_file(place.directory / "enlarged" / "model.safetensors")
-    tables = {value.shape for value in weights.values() if value.ndim == 2}
-    assert NUM_WORDS + 15 in {rows for rows, _ in tables}
-    assert NUM_WORDS + 5 not in {rows for rows, _ in tables}
+    sizes = {size for value in weights.values() for size in value.shape}
+    assert own + 10 in sizes
+    assert own not in sizes
 
 
 def test_quoted_values_through_a_shell(place):

@@ -1,15 +1,16 @@
-"""--push_to_hub of the training script, run as a user runs it, against a stand-in for the Hub on loopback."""
+"""--push_to_hub of every training script, run as a user runs it, against a stand-in for the Hub on loopback."""
 
 import re
 import time
 
 import pytest
 from flax import serialization
+from flax.traverse_util import flatten_dict
 from hub_server import HubServer
 from safetensors import numpy as safetensors
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from training_scripts import SCRIPTS, Script
 
-SCRIPT = "run_mlm_flax.py"
 TOKEN = "hf_tokenThatMustNotLeak"
 STEPS = 9
 MODEL_FILES = {"config.json", "flax_model.msgpack", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -22,16 +23,29 @@ def hub():
         yield server
 
 
+@pytest.fixture(scope="module", params=SCRIPTS, ids=str)
+def script(request) -> Script:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def start(script, tmp_path_factory):
+    """A tokenizer and a configuration."""
+    directory = tmp_path_factory.mktemp("start")
+    script.write_model(directory)
+    return directory
+
+
 @pytest.fixture
-def train(run_script, corpus, roberta_dir, tmp_path):
+def train(run_script, corpus, script, start, tmp_path):
     """Returns a function that trains for STEPS steps of 3 saves, and returns the finished process."""
 
     def train(url, *flags):
         home = str(tmp_path / "home")  # of its own: no login from elsewhere, and searched for the token
         env = {"HF_ENDPOINT": url, "HF_HOME": home, "HF_HUB_OFFLINE": None, "HF_DATASETS_CACHE": None, "NO_PROXY": "*"}
         env.update(dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "XLA_FLAGS")))
-        command = [SCRIPT, "--push_to_hub", f"--output_dir={tmp_path / 'my-model'}", f"--config_name={roberta_dir}"]
-        command += [f"--tokenizer_name={roberta_dir}", f"--train_file={corpus / 'train.txt'}", "--max_seq_length=32"]
+        command = [script.name, "--push_to_hub", f"--output_dir={tmp_path / 'my-model'}", f"--config_name={start}"]
+        command += [f"--tokenizer_name={start}", f"--train_file={corpus / 'train.txt'}", f"--{script.length_flag}=32"]
         command += ["--per_device_train_batch_size=4", "--max_train_samples=64", "--max_eval_samples=16"]
         command += [f"--max_steps={STEPS}", f"--save_steps={STEPS // 3}", "--logging_steps=1", *flags]
         process = run_script(command, env, timeout=300)
@@ -72,9 +86,10 @@ def check_whole(files):
     assert set(files) >= MODEL_FILES
     params = serialization.msgpack_restore(files["flax_model.msgpack"])
     tensors = safetensors.load(files["model.safetensors"])
-    embedding = params["roberta"]["embeddings"]["word_embeddings"]["embedding"]
-    assert (embedding == tensors["roberta.embeddings.word_embeddings.weight"]).all()
-    return embedding
+    tables = {path: table for path, table in flatten_dict(params).items() if path[-1] == "embedding"}
+    path, table = max(tables.items(), key=lambda item: item[1].size)
+    assert (table == tensors[".".join((*path[:-1], "weight"))]).all()
+    return table
 
 
 def check_complete(files, output_dir):
@@ -122,9 +137,9 @@ def test_uploads_in_the_background_and_all_of_it_in_the_end(hub, train, tmp_path
     assert any(asked < when < asked + 5 for when in times.values())
 
 
-def test_a_failed_upload_is_a_warning_that_the_next_one_repairs(hub, train, roberta_dir, tmp_path):
+def test_a_failed_upload_is_a_warning_that_the_next_one_repairs(hub, train, start, tmp_path):
     """Also: --token alone reads a private repository and writes to that of --hub_model_id."""
-    hub.add_repo("user/base", contents(roberta_dir), private=True)
+    hub.add_repo("user/base", contents(start), private=True)
     hub.fail_next(1, where="commit", status=500)
     flags = ["--config_name=user/base", "--tokenizer_name=user/base", "--hub_model_id=org/renamed", f"--token={TOKEN}"]
     process = train(hub.url, *flags)
@@ -135,13 +150,13 @@ def test_a_failed_upload_is_a_warning_that_the_next_one_repairs(hub, train, robe
     check_complete(hub.repos["org/renamed"], tmp_path / "my-model")
 
 
-def test_a_failed_last_upload_is_an_error_that_keeps_the_files(hub, train, tmp_path):
+def test_a_failed_last_upload_is_an_error_that_keeps_the_files(hub, train, script, tmp_path):
     """The Hub dies after the first upload, for good."""
     hub.on_commit = lambda commit: hub.stop()
     process = train(hub.url, f"--hub_token={TOKEN}")
     assert process.returncode == 1
     *others, last = process.stderr.splitlines()
-    assert last.startswith("run_mlm_flax.py: error: --push_to_hub: ")
+    assert last.startswith(f"{script}: error: --push_to_hub: ")
     assert warnings(process)
     assert [line for line in others if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)] == []  # one line each
     check_requests(hub)
@@ -153,7 +168,7 @@ def test_a_failed_last_upload_is_an_error_that_keeps_the_files(hub, train, tmp_p
 
 
 @pytest.mark.parametrize("trouble", ["wrong token", "read token", "no token", "no network"])
-def test_what_cannot_be_uploaded_is_not_trained(hub, train, tmp_path, trouble):
+def test_what_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_path, trouble):
     """One line within seconds, and a directory of earlier work stays as it was."""
     old = tmp_path / "my-model"
     for name in ("config.json", "checkpoints/7/state"):
@@ -173,7 +188,7 @@ def test_what_cannot_be_uploaded_is_not_trained(hub, train, tmp_path, trouble):
     assert time.monotonic() - started < 30
     assert process.returncode == 1
     assert len(process.stderr.splitlines()) == 1, process.stderr
-    assert process.stderr.startswith("run_mlm_flax.py: error: --push_to_hub: ")
+    assert process.stderr.startswith(f"{script}: error: --push_to_hub: ")
     assert "my-model" in process.stderr
     assert trouble == "no network" or "--hub_token" in process.stderr
     assert contents(old) == before

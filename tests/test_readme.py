@@ -34,7 +34,7 @@ FLAGS = {
     "warmup_steps": 5,
     "num_train_epochs": 1,
     "logging_steps": 5,
-    "save_steps": 20,
+    "save_steps": 12,
     "eval_steps": 20,
 }
 # Smaller sizes in Python blocks.

@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NUM_WORDS = 60
 LENGTH = 32
+NUM_SENTINELS = 8
 
 
 # --------------------------------------------------------------------------------------------------- tiny models
@@ -39,8 +40,9 @@ def write_text(path: Path, lines: int, seed: int) -> Path:
     return path
 
 
-def word_tokenizer(directory: Path, without: tuple[str, ...] = (), num_words: int = NUM_WORDS):
-    """One token a word, `<s> ... </s>` around each text, as a fast tokenizer; `without` some special tokens."""
+def word_tokenizer(directory: Path, without: tuple[str, ...] = (), num_words: int = NUM_WORDS, sentinels: int = 0):
+    """One token a word, `<s> ... </s>` around each text, as a fast tokenizer; `without` some special tokens, and with
+    `sentinels` in the manner of T5's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -51,6 +53,8 @@ def word_tokenizer(directory: Path, without: tuple[str, ...] = (), num_words: in
     ends = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     named = {f"{name}_token": word for name, word in special.items() if name not in without}
+    if sentinels:
+        named["additional_special_tokens"] = [f"<extra_id_{i}>" for i in reversed(range(sentinels))]
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LENGTH, **named)
     fast.save_pretrained(directory)
     return fast
@@ -93,6 +97,46 @@ def tiny_gpt2(directory: Path, **changes):
     GPT2Config(**{**settings, **changes}).save_pretrained(directory)
 
 
+def tiny_t5(directory: Path, **changes):
+    """A tokenizer with a few sentinels and the configuration of a T5 of one layer, with dropout."""
+    from transformers import T5Config
+
+    tokenizer = word_tokenizer(directory, sentinels=NUM_SENTINELS)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "dropout_rate": 0.1,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    T5Config(**{**settings, **changes}).save_pretrained(directory)
+
+
+def tiny_bart(directory: Path, **changes):
+    """A tokenizer and the configuration of a BART of one layer a side, with dropout."""
+    from transformers import BartConfig
+
+    tokenizer = word_tokenizer(directory)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": LENGTH,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+    }
+    BartConfig(**{**settings, **changes}).save_pretrained(directory)
+
+
 # -------------------------------------------------------------------------------------------------------- scripts
 
 
@@ -104,8 +148,13 @@ class Script:
     write_model: Callable  # (directory, **changes of the config) -> None: tokenizer and config of a tiny model
     no_dropout: tuple[str, ...]  # the config's dropout rates, to be set to 0
     length_flag: str = "max_seq_length"
+    width: str = "hidden_size"  # in its config
     modules: tuple[str, ...] = ()  # what a run imports late, for the fork server to import early
     flags: tuple[str, ...] = ()  # that it needs more than the others
+    block: int = LENGTH  # tokens of text that a sequence of LENGTH takes
+    num_sentinels: int = 0  # of its tokenizer
+    needs_model_type: bool = True  # without a config; else it has a default
+    has_positions: bool = True  # a table of them, which limits the length
 
     def __str__(self):
         return self.name
@@ -132,6 +181,28 @@ SCRIPTS = [
         no_dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
         length_flag="block_size",
         modules=("transformers.models.gpt2.modeling_flax_gpt2",),
+    ),
+    Script(
+        "run_t5_mlm_flax.py",
+        model_type="t5",
+        other_model_type="mt5",
+        write_model=tiny_t5,
+        no_dropout=("dropout_rate",),
+        modules=("transformers.models.t5.modeling_flax_t5", "transformers.models.longt5.modeling_flax_longt5"),
+        width="d_model",
+        block=34,  # 5 of them in 2 spans: 29, 2 sentinels and eos
+        num_sentinels=NUM_SENTINELS,
+        has_positions=False,
+    ),
+    Script(
+        "run_bart_dlm_flax.py",
+        model_type="bart",
+        other_model_type="mbart",
+        write_model=tiny_bart,
+        no_dropout=("dropout", "attention_dropout", "activation_dropout"),
+        modules=("transformers.models.bart.modeling_flax_bart",),
+        width="d_model",
+        needs_model_type=False,
     ),
 ]
 

@@ -45,7 +45,7 @@ TRAINING = {  # flags of run_mlm_flax.py
     "warmup_steps": 300,
     "weight_decay": 0.01,
     "adam_beta2": 0.98,
-    "max_steps": 5000,
+    "max_steps": 4000,
     "logging_steps": 500,
     "eval_steps": 1000,
     "save_steps": 1000,

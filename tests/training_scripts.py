@@ -180,6 +180,7 @@ SCRIPTS = [
         write_model=tiny_gpt2,
         no_dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
         length_flag="block_size",
+        width="n_embd",
         modules=("transformers.models.gpt2.modeling_flax_gpt2",),
     ),
     Script(

@@ -86,10 +86,10 @@ def tiny_gpt2(directory: Path, **changes):
     tokenizer = word_tokenizer(directory)
     settings = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": LENGTH,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": LENGTH,
         "resid_pdrop": 0.1,
         "embd_pdrop": 0.1,
         "attn_pdrop": 0.1,

@@ -379,13 +379,14 @@ def test_resume_from_checkpoint(place, undisturbed, expected, copied, source):
         ({"adafactor": True}, "optimizer"),
         ({"per_device_train_batch_size": 2}, "batch"),
         ({"gradient_accumulation_steps": 2}, "batch"),
-        ({"config_name": "wider"}, "hidden_size"),
+        ({"config_name": "wider"}, "WIDTH"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
 )
 def test_a_checkpoint_that_does_not_fit(place, copied, changes, named):
     if "config_name" in changes:
-        place.script.write_model(place.directory / "wider", hidden_size=32)
+        place.script.write_model(place.directory / "wider", **{place.script.width: 32})
+        named = place.script.width
     before = snapshot(copied)
     run = place.run(copied, **{**TRAINING, **changes})
     assert run.returncode == 1

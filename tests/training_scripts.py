@@ -75,6 +75,27 @@ def tiny_roberta(directory: Path, **changes):
     RobertaConfig(**{**settings, **changes}).save_pretrained(directory)
 
 
+def tiny_bart(directory: Path, **changes):
+    """A tokenizer and the configuration of a BART of one layer a side, with dropout."""
+    from transformers import BartConfig
+
+    tokenizer = word_tokenizer(directory)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": LENGTH,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+    }
+    BartConfig(**{**settings, **changes}).save_pretrained(directory)
+
+
 # -------------------------------------------------------------------------------------------------------- scripts
 
 
@@ -88,6 +109,8 @@ class Script:
     length_flag: str = "max_seq_length"
     modules: tuple[str, ...] = ()  # what a run imports late, for the fork server to import early
     flags: tuple[str, ...] = ()  # that it needs more than the others
+    width: str = "hidden_size"  # the config's name for it
+    needs_model_type: bool = True  # without a config; else it has a default
 
     def __str__(self):
         return self.name
@@ -105,6 +128,16 @@ SCRIPTS = [
         write_model=tiny_roberta,
         no_dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         modules=("transformers.models.roberta.modeling_flax_roberta",),
+    ),
+    Script(
+        "run_bart_dlm_flax.py",
+        model_type="bart",
+        other_model_type="mbart",
+        write_model=tiny_bart,
+        no_dropout=("dropout", "attention_dropout", "activation_dropout"),
+        modules=("transformers.models.bart.modeling_flax_bart",),
+        width="d_model",
+        needs_model_type=False,
     ),
 ]
 

@@ -1,0 +1,699 @@
+#!/usr/bin/env python
+"""Denoising language modeling (BART, mBART) with JAX/Flax on CPU, GPU or TPU.
+The objective is BART's (Lewis et al., 2019, https://arxiv.org/abs/1910.13461): the sentences of a document change
+places, spans of tokens, 30% of them all, become one mask token each, and the model restores the original text.
+
+    python run_bart_dlm_flax.py --output_dir=new --config_name=my-bart --tokenizer_name=my-bart --train_file=corpus.txt
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.11", "numpy>=2,<3",
+#     "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11.16,<0.13", "safetensors>=0.5,<1", "sentencex>=1,<2",
+#     "tensorboard>=2.19,<3", "transformers>=4.57,<5"]
+# ///
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import datasets
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import sentencex
+import transformers
+from flax.training.train_state import TrainState
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+from tensorboard.summary import Writer
+from transformers import AutoConfig, AutoTokenizer, FlaxAutoModelForSeq2SeqLM, HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+logger = logging.getLogger(__name__)
+DROPOUT_PRNG = "rbg"  # the fast generator of jax.random; its bits depend on the key and the kind of device alone
+IGNORE = -100  # the label of a token that is not predicted
+PIECES = 8  # the logits of a batch are computed in so many, one after the other
+CheckpointOptions = partial(ocp.CheckpointManagerOptions, create=False, enable_async_checkpointing=False,
+    multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}))
+
+class InputError(Exception):
+    """What a user can mend: printed as one line, without a traceback."""
+
+def require(condition, message: str):
+    if not condition:
+        raise InputError(message)
+
+def explain(what: str, function, *args, **kwargs):
+    """`function(*args, **kwargs)`; what a library raises there becomes an InputError, `what` and the first cause."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        while error.__cause__:
+            error = error.__cause__
+        raise InputError(f"{what}: {str(error)[:400] or type(error).__name__}") from error
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+    model_name_or_path: str | None = HfArg(default=None, help="Hub id or folder of a model to go on from.")
+    model_type: str | None = HfArg(default="bart", help="Family of a model to train from scratch: bart or mbart.")
+    config_name: str | None = HfArg(default=None, help="Hub id or folder of a config, if not the model's.")
+    tokenizer_name: str | None = HfArg(default=None, help="Hub id or folder of a tokenizer, if not the model's.")
+    cache_dir: str | None = HfArg(default=None, help="For downloads, tokenized data and compiled programs.")
+    token: str | None = HfArg(default=None, help="Hub token for private models and datasets.", repr=False)
+    use_fast_tokenizer: bool = HfArg(default=True, help="Use a tokenizer of the tokenizers library.")
+    dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="Activations; weights: float32.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model or dataset.")
+
+@dataclass
+class DataTrainingArguments:
+    _argument_group_name = "data"
+    dataset_name: str | None = HfArg(default=None, help="Hub id of a dataset, or a folder of data files.")
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of the dataset.")
+    train_file: str | None = HfArg(default=None, help="Training text: .txt, .json, .jsonl, .csv or .parquet.")
+    validation_file: str | None = HfArg(default=None, help="Evaluation text, in one of the same formats.")
+    train_ref_file: str | None = HfArg(default=None, help="Refused: no word is masked whole here.")
+    validation_ref_file: str | None = HfArg(default=None, help="Refused, too.")
+    text_column_name: str | None = HfArg(default=None, help="Default: text, else the only string column.")
+    validation_split_percentage: int = HfArg(default=5, help="Part of train to evaluate on, without validation data.")
+    max_seq_length: int | None = HfArg(default=None, help="Default: what the tokenizer and the model allow.")
+    mlm_probability: float = HfArg(default=0.3, help="Part of the tokens to mask.")
+    permute_sentence_ratio: float = HfArg(default=1.0, help="Part of a document's sentences to shuffle.")
+    poisson_lambda: float = HfArg(default=3.0, help="Mean length of masked spans, those of no token counted.")
+    language: str = HfArg(default="en", help="Language code of the text, by which sentencex finds its sentences.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on at most so many sequences.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on at most so many sequences.")
+    preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that tokenize.")
+    overwrite_cache: bool = HfArg(default=False, help="Tokenize anew, whatever the cache holds.")
+
+@dataclass
+class TrainingArguments:
+    _argument_group_name = "training"
+    output_dir: str = HfArg(help="Where the model, its checkpoints and logs are written.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Start over: discard the checkpoints in output_dir.")
+    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Its folder.")
+    do_train: bool = HfArg(default=False, help="Only train. With neither do_train nor do_eval: both.")
+    do_eval: bool = HfArg(default=False, help="Only evaluate; with do_train: both.")
+    per_device_train_batch_size: int = HfArg(default=8, help="Sequences a device and a forward pass.")
+    per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes an optimizer step.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations: less memory, more time.")
+    num_train_epochs: float = HfArg(default=3.0, help="Passes over the data; may be fractional.")
+    max_steps: int = HfArg(default=-1, help="If positive: optimizer steps, in place of num_train_epochs.")
+    learning_rate: float = HfArg(default=5e-5, help="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "inverse_sqrt"] = HfArg(default="linear", help="Decay.")
+    warmup_steps: int = HfArg(default=0, help="Steps of linear warm-up.")
+    weight_decay: float = HfArg(default=0.0, help="Not applied to biases and LayerNorm scales.")
+    adam_beta1: float = HfArg(default=0.9, help="AdamW's decay of the first moment.")
+    adam_beta2: float = HfArg(default=0.999, help="AdamW's decay of the second moment.")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
+    adafactor: bool = HfArg(default=False, help="Adafactor in place of AdamW.")
+    max_grad_norm: float = HfArg(default=0.0, help="Clip gradients to this global norm; 0: off.")
+    logging_steps: int = HfArg(default=500, help="Steps between two log lines.")
+    save_steps: int = HfArg(default=500, help="Steps between two checkpoints.")
+    save_total_limit: int = HfArg(default=2, help="Checkpoints to keep.")
+    eval_steps: int | None = HfArg(default=None, help="Steps between two evaluations. Default: an epoch.")
+    seed: int = HfArg(default=42, help="Of weights, masks, dropout and the order of the data.")
+    distributed: bool = HfArg(default=False, help="One process of several: TPU pod, SLURM, Open MPI, JAX_PROCESS_ID.")
+    push_to_hub: bool = HfArg(default=False, help="Upload output_dir at each save.")
+    hub_model_id: str | None = HfArg(default=None, help="Repository to upload to. Default: output_dir's name.")
+    hub_token: str | None = HfArg(default=None, help="Hub token for uploads. Default: token, or login.", repr=False)
+
+def parse_args(argv: list[str] | None = None):
+    """All settings, from the command line or from one .json file of them. Raises InputError."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        settings = explain(f"{argv[0]}: no JSON object", lambda: json.loads(Path(argv[0]).read_text("utf-8")).items())
+        argv = [f"--{name}={value}" for name, value in settings if value is not None]
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments), allow_abbrev=False)
+    parser.error = partial(require, False)  # argparse would print the usage of sixty flags before its line
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]  # not values: they may be secrets
+    require(not rest, f"unknown arguments: {' '.join(unknown) or 'a value without a flag'}")
+    args.do_train, args.do_eval = args.do_train or not args.do_eval, args.do_eval or not args.do_train
+    args.hub_options = {name: getattr(args, name) for name in ("cache_dir", "token", "trust_remote_code")}
+    if not args.do_train and (Path(args.output_dir) / "flax_model.msgpack").is_file():
+        args.model_name_or_path = args.model_name_or_path or args.output_dir
+    return check_args(args)
+
+def check_args(args):
+    """Raises InputError for numbers out of range, and for flags that exclude or need each other."""
+    for names, meaning, holds in (
+        ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps "
+         "save_steps save_total_limit max_seq_length max_train_samples max_eval_samples preprocessing_num_workers",
+         "at least 1", lambda x: x >= 1),
+        ("max_steps", "at least 1, or -1", lambda x: x >= 1 or x == -1),
+        ("warmup_steps learning_rate weight_decay max_grad_norm", "at least 0", lambda x: 0 <= x < math.inf),
+        ("num_train_epochs adam_epsilon poisson_lambda", "above 0", lambda x: 0 < x < math.inf),
+        ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
+        ("mlm_probability", "above 0 and below 1", lambda x: 0 < x < 1),
+        ("permute_sentence_ratio", "between 0 and 1", lambda x: 0 <= x <= 1),
+        ("train_ref_file validation_ref_file", "left out, --line_by_line of run_mlm_flax.py uses it", lambda x: False),
+        ("validation_split_percentage", "between 0 and 99", lambda x: 0 <= x <= 99),
+        ("seed", "between 0 and 4294967295", lambda x: 0 <= x < 2**32)):
+        for name, value in ((name, getattr(args, name)) for name in names.split()):
+            require(value is None or holds(value), f"--{name} {value}: it must be {meaning}")
+    model = args.model_name_or_path or (args.do_train and (args.config_name or args.model_type))
+    file, name, tokenizer = args.train_file or args.validation_file, args.dataset_name, args.tokenizer_name
+    require(model, "no model: give --model_name_or_path, or, to train from scratch, --config_name or --model_type")
+    require(tokenizer or args.model_name_or_path, "no tokenizer: give --tokenizer_name or --model_name_or_path")
+    require(args.model_type in ("bart", "mbart"), f"--model_type {args.model_type}: neither bart nor mbart")
+    require(file or name, "no data: give --dataset_name or --train_file")
+    require(not (file and name), f"two data sources: --dataset_name {name} and {file}")
+    require(args.train_file or name or not args.do_train, "--validation_file needs --train_file, or --do_eval alone")
+    return args
+
+@dataclass
+class FlaxDataCollatorForBartDenoisingLM:
+    """BART's noise for a batch at once. A document is what stands between special tokens; part of its sentences change
+    places. Then spans, `mlm_probability` of a row's tokens in all, become a mask token each: their lengths are Poisson
+    draws, one of length 0 is a mask token more, and one that meets the end of a document goes on as another in the
+    next. No row grows: it gets no more mask tokens than it loses tokens. Row r starts at draw r * draws_per_row."""
+    tokenizer: transformers.PreTrainedTokenizerBase
+    max_length: int
+    decoder_start_token_id: int
+    mlm_probability: float = 0.3
+    permute_sentence_ratio: float = 1.0
+    poisson_lambda: float = 3.0
+    def __post_init__(self):
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id, self.tokenizer.mask_token_id}
+        self.is_special = np.isin(np.arange(len(self.tokenizer)), list(special))
+        self.max_masked = round(self.mlm_probability * self.max_length)
+        self.draws_per_row, lengths = self.max_length + 4 * self.max_masked, np.arange(1, self.max_length + 1)
+        log_chances = np.cumsum(math.log(self.poisson_lambda) - np.log(lengths)) - self.poisson_lambda
+        self.cdf = np.cumsum(np.exp(log_chances)) / -math.expm1(-self.poisson_lambda)  # of lengths other than 0
+    def __call__(self, examples: dict[str, np.ndarray], rng: np.random.Generator):
+        """From `input_ids` and `ends_sentence`, marks of last tokens: the encoder's `input_ids` and `attention_mask`,
+        `labels`, the tokens as they were, and `decoder_input_ids`, the labels one later; [rows, length] int32."""
+        input_ids, marks, pad = examples["input_ids"], examples["ends_sentence"], np.int32(self.tokenizer.pad_token_id)
+        draws, is_text = rng.random((len(input_ids), self.draws_per_row)), ~self.is_special[input_ids]
+        starts_document = is_text & np.diff(is_text, axis=1, prepend=False)
+        starts_sentence = is_text & (starts_document | np.roll(marks != 0, 1, axis=1))
+        text = input_ids[is_text][self.permute(is_text, starts_document, starts_sentence, draws[:, : marks.shape[1]])]
+        draws = draws[:, self.max_length :].reshape(-1, 4, self.max_masked)
+        shown, lengths = self.infill(input_ids, is_text, text, starts_document[is_text], draws)
+        is_shown = np.arange(input_ids.shape[1]) < lengths[:, None]
+        batch = {"input_ids": np.full_like(input_ids, pad), "attention_mask": is_shown.astype(np.int32)}
+        batch["input_ids"][is_shown] = shown
+        batch["decoder_input_ids"] = np.insert(input_ids[:, :-1], 0, self.decoder_start_token_id, axis=1)
+        return {**batch, "labels": np.where(input_ids == pad, np.int32(IGNORE), input_ids)}
+    def permute(self, is_text, starts_document, starts_sentence, draws):
+        """The order of the text's tokens: in each document the sentences with the lowest draws, as many as change places,
+        take the places that they had in the order of their draws."""
+        starts, document = np.flatnonzero(starts_sentence[is_text]), np.cumsum(starts_document[starts_sentence]) - 1
+        lengths, order = np.diff(starts, append=np.count_nonzero(is_text)), np.arange(len(starts))
+        by_draw, rank = np.lexsort((draws[starts_sentence], document)), order - np.searchsorted(document, document)
+        chosen = by_draw[rank < np.ceil(self.permute_sentence_ratio * np.bincount(document) - 1e-9)[document]]
+        order[np.sort(chosen)] = chosen
+        starts, lengths = starts[order], lengths[order]
+        return np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    def span_lengths(self, num_masked, draws):
+        """Poisson draws until they add up to `num_masked` [rows], the last one cut: those above 0, [rows, spans], then
+        0, and how many of a row's are 0: before each of the others there is a geometric number of them."""
+        lengths = np.searchsorted(self.cdf, draws[:, 0, : np.max(num_masked)]) + 1
+        lengths = np.clip(num_masked[:, None] - np.cumsum(lengths, axis=1) + lengths, 0, lengths)
+        zeros = -np.log1p(-draws[:, 1, : lengths.shape[1]]) / self.poisson_lambda
+        return lengths, (np.minimum(zeros, self.max_length).astype(int) * (lengths > 0)).sum(axis=1)
+    def infill(self, input_ids, is_text, text, starts_document, draws):
+        """All rows end to end, their text replaced by `text` and masked, and their lengths. Each span, of length 0 or
+        not, stands between two of the row's tokens that stay, or before or after them all, drawn uniformly."""
+        counts, emits = is_text.sum(axis=1), input_ids != self.tokenizer.pad_token_id
+        num_masked, mask = np.rint(self.mlm_probability * counts).astype(int), self.tokenizer.mask_token_id
+        num_kept, (lengths, num_zeros) = counts - num_masked, self.span_lengths(num_masked, draws)
+        first, gaps = np.cumsum(num_kept) - num_kept, (draws[:, 2:] * (num_kept + 1)[:, None, None]).astype(int)
+        row, used = np.nonzero(lengths)[0], lengths > 0
+        spans = np.sort(gaps[:, 0, : used.shape[1]][used] + first[row] + row << 32 | lengths[used])
+        lengths = spans & 0xFFFFFFFF  # in the order of rows and gaps
+        starts = (spans >> 32) - row + np.cumsum(lengths) - lengths
+        runs = np.diff(np.stack([starts, starts + lengths], axis=1).reshape(-1), prepend=0, append=len(text))
+        masked = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        shows_mask = masked & starts_document
+        shows_mask[starts] = True
+        shown, stays, room = input_ids.copy(), is_text.copy(), emits.sum(axis=1)
+        shown[is_text], stays[is_text], emits[is_text] = np.where(masked, mask, text), ~masked, ~masked | shows_mask
+        num_zeros = np.minimum(num_zeros, room - emits.sum(axis=1)) * (num_kept > 0)
+        used = np.arange(np.max(num_zeros)) < num_zeros[:, None]
+        row, gaps = np.nonzero(used)[0], gaps[:, 1, : used.shape[1]][used]
+        places = np.flatnonzero(stays[emits])[first[row] + gaps - (gaps == num_kept[row])] + (gaps == num_kept[row])
+        return np.insert(shown[emits], places, mask), emits.sum(axis=1) + num_zeros
+
+def loss_sums(params, batch, model, dropout_rng=None):
+    """Cross-entropy in float32 of the labels other than -100, summed, and the sums that means are of. `batch` holds
+    input_ids, attention_mask, decoder_input_ids and labels, [batch, length] int32. The logits come in PIECES, one
+    after the other, and again in the backward pass; those of the model are not used, and so not computed."""
+    train, inputs = dropout_rng is not None, {name: x for name, x in batch.items() if name != "labels"}
+    options = {"params": params, "dropout_rng": dropout_rng, "output_hidden_states": True, "return_dict": True}
+    states, labels = model(**inputs, train=train, **options).decoder_hidden_states[-1], batch["labels"].reshape(-1)
+    tied, bias = model.config.tie_word_embeddings, jax.lax.stop_gradient(params["final_logits_bias"][0])
+    kernel = (params["model"]["shared"]["embedding"].T if tied else params["lm_head"]["kernel"]).astype(states.dtype)
+    @jax.checkpoint
+    def of_token(token):
+        logits, label = jnp.dot(token[0], kernel, preferred_element_type=jnp.float32) + bias, token[1]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+        found = {"loss": jnp.where(label != IGNORE, loss, 0), "predicted": label != IGNORE}
+        return found if train else {**found, "accuracy": logits.argmax() == label}
+    tokens = (states.reshape(-1, len(kernel)), labels)
+    sums = jax.lax.map(of_token, tokens, batch_size=math.ceil(labels.size / PIECES))
+    sums = {name: x.sum(dtype=jnp.float32) for name, x in sums.items()}
+    return sums["loss"], sums
+
+def load_texts(args):
+    """Training and evaluation texts, rows with one column "text"; None where there are none."""
+    options = args.hub_options if datasets.__version__ < "4" else {"cache_dir": args.cache_dir, "token": args.token}
+    builders = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+    source, splits, load = f"--dataset_name {args.dataset_name}", {}, partial(datasets.load_dataset, **options)
+    if args.dataset_name:
+        splits = dict(explain(f"{source}: unreadable", load, args.dataset_name, args.dataset_config_name))
+    for split in ("train", "validation"):
+        file = getattr(args, f"{split}_file")
+        if file:
+            source, kind = f"--{split}_file {file}", Path(file).suffix.lower().lstrip(".")
+            require(kind in builders, f"{source}: its extension must be one of {', '.join(builders)}")
+            splits[split] = explain(f"{source}: unreadable", load, builders[kind], data_files=[file], split="train")
+        if split in splits:
+            splits[split] = text_column(splits[split], args.text_column_name, source)
+    train, validation = splits.get("train"), splits.get("validation")
+    require(train or (validation and not args.do_train), f"{source}: it has no training data, only {list(splits)}")
+    if validation is None:
+        count = len(train) * args.validation_split_percentage // 100
+        message = f"--validation_split_percentage {args.validation_split_percentage} of {len(train)} texts is {count}"
+        require(0 < count < len(train) or not args.do_eval, f"{message}: raise it, or give --validation_file")
+        train, validation = train.select(range(count, len(train))), train.select(range(count))
+    return train, validation
+
+def text_column(dataset, wanted: str | None, source: str):
+    """The text column alone, as "text"."""
+    kinds = {name: str(getattr(feature, "dtype", feature)) for name, feature in dataset.features.items()}
+    strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    name = wanted or ("text" if "text" in kinds else strings[0] if len(strings) == 1 else None)
+    require(name in kinds, f"{source}: no column {name or 'that must be text'}; --text_column_name of {list(kinds)}?")
+    require(name in strings, f"{source}: column {name} holds {kinds[name]}, not text")
+    return dataset.select_columns([name]).rename_columns({name: "text"})
+
+def mark_sentences(text: str, language: str, mark: str) -> str:
+    """`text` with `mark` between its sentences, before the white space, which tokenizers count to the next word."""
+    ends = [(len(sentence.rstrip()), sentence) for sentence in sentencex.segment(language, text.rstrip())]
+    return "".join(sentence[:end] + mark * (end > 0) + sentence[end:] for end, sentence in ends).removesuffix(mark)
+
+def encode(batch, tokenizer, language: str):
+    """Documents, their sentences joined by the pad token, to `input_ids` without pad tokens, and to `ends_sentence`,
+    marks of the tokens before these. Special tokens stand at both ends of a document."""
+    texts = [mark_sentences(text, language, tokenizer.pad_token) for text in batch["text"] if text and text.strip()]
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+    bos, eos = (tokenizer.eos_token_id if x is None else x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    if encoded and eos not in encoded[0][-2:]:  # it adds no special tokens; mBART's puts the language after eos
+        encoded = [[bos, *ids, eos] for ids in encoded]
+    encoded = [(ids, ids == tokenizer.pad_token_id) for ids in map(np.array, encoded)]
+    return {"input_ids": [ids[~pad] for ids, pad in encoded],
+            "ends_sentence": [np.append(pad[1:], False)[~pad].astype(np.int8) for _, pad in encoded]}
+
+class Sequences(NamedTuple):
+    """Tokenized documents end to end, so that a batch is one NumPy gather."""
+    input_ids: np.ndarray  # [tokens] int32
+    ends_sentence: np.ndarray  # [tokens] int8, 1 at the last token of a sentence
+    ends: np.ndarray  # [sequences] int64
+
+def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
+    """Blocks of `max_length` tokens out of all documents end to end."""
+    kinds = {"input_ids": datasets.Value("int32"), "ends_sentence": datasets.Value("int8")}
+    encoded = dataset.map(partial(encode, tokenizer=tokenizer, language=args.language), batched=True,
+        features=datasets.Features({name: datasets.Sequence(kind) for name, kind in kinds.items()}),
+        num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache,
+        remove_columns=dataset.column_names, desc=f"{what} data")
+    require(len(encoded), f"the {what} data has no text: all of its {len(dataset)} rows are blank")
+    columns = [np.concatenate([x.flatten().to_numpy() for x in encoded.data.column(name).chunks]) for name in kinds]
+    ends = np.arange(max_length, len(columns[0]) + 1, max_length)[:limit]
+    require(len(ends), f"too little {what} data: {len(columns[0])} tokens do not fill a block of {max_length}")
+    return Sequences(*columns, ends)
+
+def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
+    """This process's part of the global batch of `rows`: arrays [local devices, *shape, length] int32. Rows of -1 fill
+    up a partial batch and have no labels. `first_row` counts the rows before in the draws of `seed`."""
+    local = np.split(rows, jax.process_count())[jax.process_index()]
+    first_row += jax.process_index() * len(local)
+    index = sequences.ends[local, None] + np.arange(-collator.max_length, 0)
+    rng = np.random.Generator(np.random.PCG64(seed).advance(first_row * collator.draws_per_row))
+    batch = collator({"input_ids": sequences.input_ids[index], "ends_sentence": sequences.ends_sentence[index]}, rng)
+    batch["labels"][local < 0] = IGNORE
+    return {name: array.reshape(jax.local_device_count(), *shape, -1) for name, array in batch.items()}
+
+
+def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int, int]):
+    """The batches of `steps`, each a function of the seed and its number; an epoch is a permutation of all rows."""
+    num_rows, batch_size = len(sequences.ends), jax.device_count() * math.prod(shape)
+    permutation = lru_cache(1)(lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(num_rows))
+    for step in steps:
+        epoch, index = divmod(step, num_rows // batch_size)
+        rows = permutation(epoch)[index * batch_size : (index + 1) * batch_size]
+        yield make_batch(sequences, rows, collator, (seed, 1, step), 0, shape)
+
+def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
+    """Every row once, masked alike in every evaluation and on any number of devices."""
+    num_rows, batch_size = len(sequences.ends), jax.device_count() * per_device_batch_size
+    for start in range(0, num_rows, batch_size):
+        rows = np.arange(start, start + batch_size)
+        rows[rows >= num_rows] = -1
+        yield make_batch(sequences, rows, collator, (seed, 2), start, (per_device_batch_size,))
+
+def prefetch(batches, size: int = 2):
+    """`batches` on the devices, made in a background thread up to `size` ahead of their use."""
+    batches = map(shard, batches)
+    with ThreadPoolExecutor(1) as pool:
+        pending = [pool.submit(next, batches, None) for _ in range(size)]
+        while (batch := pending.pop(0).result()) is not None:
+            pending.append(pool.submit(next, batches, None))
+            yield batch
+
+def load_config_and_tokenizer(args):
+    """The config, its vocabulary as large as the tokenizer's at least, the tokenizer, and the sequence length."""
+    name, load = args.config_name or args.model_name_or_path, partial(AutoConfig.from_pretrained, **args.hub_options)
+    config = explain(f"{name} has no config", load, name) if name else transformers.CONFIG_MAPPING[args.model_type]()
+    require(args.model_type == config.model_type, f"--model_type {args.model_type}: {name}'s is {config.model_type}")
+    name = args.tokenizer_name or args.model_name_or_path
+    load = partial(AutoTokenizer.from_pretrained, use_fast=args.use_fast_tokenizer, **args.hub_options)
+    tokenizer = explain(f"{name} has no tokenizer", load, name)
+    kinds = [kind for kind in ("mask", "pad", "eos") if getattr(tokenizer, f"{kind}_token_id") is None]
+    require(not kinds, f"{name}: it has no {' token, no '.join(kinds)} token")
+    require(tokenizer.pad_token_id != tokenizer.eos_token_id, f"{name}: its pad token is its eos token")
+    if len(tokenizer) > config.vocab_size:  # JAX would clamp the ids beyond the table without a word
+        message = f"the tokenizer of {name} has {len(tokenizer)} tokens, the model's table {config.vocab_size}"
+        require(not args.model_name_or_path, f"{message}: they do not belong together")
+        logger.warning(f"{message}: the table is made larger.")
+        config.vocab_size = len(tokenizer)
+    if config.decoder_start_token_id is None:  # as mBART's: the token that ends every text, its language
+        config.decoder_start_token_id = [tokenizer.eos_token_id, *tokenizer("")["input_ids"]][-1]
+    require(config.decoder_start_token_id < config.vocab_size, "the config's decoder_start_token_id is no token")
+    wanted, positions = args.max_seq_length, config.max_position_embeddings
+    require((wanted or 0) <= positions, f"--max_seq_length {wanted}: the model has {positions} positions")
+    return config, tokenizer, wanted or min(tokenizer.model_max_length, positions)
+
+def load_model(args, config):
+    """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
+    options, name = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path
+    def load():
+        if not name:
+            return FlaxAutoModelForSeq2SeqLM.from_config(**options, _do_init=False), {}
+        pretrained = partial(FlaxAutoModelForSeq2SeqLM.from_pretrained, name, **options, **args.hub_options)
+        try:
+            return pretrained(_do_init=False)
+        except ValueError:  # PyTorch's files are read into an initialized model only
+            model = pretrained()
+            return model, model.params
+    model, params = explain(f"{name} has no model of type {config.model_type}", load)
+    checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
+    checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
+    params = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params).items()}
+    if missing := model.required_params - set(params):
+        params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
+        init = jax.jit(model.init_weights, static_argnums=1)(jax.random.PRNGKey(args.seed), model.input_shape)
+        params.update({path: x for path, x in flatten_dict(init).items() if path in missing})
+    return model, unflatten_dict(params)
+
+def make_optimizer(args, num_steps: int):
+    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; and the learning rate by step."""
+    peak, warmup, decay_steps = args.learning_rate, args.warmup_steps, max(1, num_steps - args.warmup_steps)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+        "constant": optax.constant_schedule(peak),
+        "inverse_sqrt": lambda step: peak / jnp.sqrt(1 + step / (warmup or 10_000)),
+    }[args.lr_scheduler_type]
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    matrices = partial(jax.tree_util.tree_map_with_path, lambda path, x: x.ndim > 1 and "bias" not in path[-1].key)
+    if args.adafactor:
+        decay = (lambda step: args.weight_decay * schedule(step)) if args.weight_decay else None
+        optimizer = optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=matrices)
+    else:
+        adam = partial(optax.adamw, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon)
+        optimizer = adam(schedule, weight_decay=args.weight_decay, mask=matrices)
+    clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
+    return optax.chain(clip, optimizer), schedule
+
+def train_step(state, totals, batch, seed, **fixed):
+    """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since
+    the last log line. Gradients of the summed loss are summed over micro-batches and devices, and divided once."""
+    rng = jax.random.fold_in(jax.random.key(seed, impl=DROPOUT_PRNG), state.step)
+    rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
+    def micro_step(sums, inputs):
+        micro_batch, index = inputs
+        grad_fn, key = jax.grad(loss_sums, has_aux=True), jax.random.fold_in(rng, index)
+        return jax.tree.map(jnp.add, sums, grad_fn(state.params, micro_batch, dropout_rng=key, **fixed)), None
+    zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": 0.0, "predicted": 0.0}))
+    (grads, sums), _ = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(len(batch["labels"]))))
+    sums["tokens"] = batch["attention_mask"].sum(dtype=jnp.float32)
+    grads, sums = jax.lax.psum((grads, sums), "batch")
+    grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums["predicted"], 1), grads)
+    sums["grad_norm"] = optax.global_norm(grads)
+    return state.apply_gradients(grads=grads), jax.tree.map(jnp.add, totals, sums)
+
+def evaluate(p_eval_step, sequences, collator, args, params) -> dict[str, float]:
+    """Mean loss and accuracy of all predicted tokens, and perplexity."""
+    batches = eval_batches(sequences, collator, args.seed, args.per_device_eval_batch_size)
+    sums = [p_eval_step(params, batch) for batch in prefetch(batches)]
+    sums = {name: sum(float(np.asarray(batch[name])[0]) for batch in sums) for name in sums[0]}
+    loss, accuracy = (sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy"))
+    return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": math.exp(min(loss, 700))}
+
+def shard(tree):
+    """Arrays [local devices, ...] onto the local devices, on the mesh where pmap over "batch" puts its own output; on
+    another, as of `flax.jax_utils.replicate`, pmap of jax 0.8 and later compiles anew when that comes back."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("batch",))
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch")))
+
+class TrainingLog:
+    """Log lines and TensorBoard scalars; values are fetched a step late, when the devices have the next one to do."""
+    def __init__(self, output_dir: Path):
+        self.writer, self.due, self.results = Writer(str(output_dir)) if jax.process_index() == 0 else None, None, {}
+        self.start = self.last = time.perf_counter()
+    def scalars(self, values: dict[str, float], step: int):
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+        logger.info(f"Step {step}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
+    def flush(self, schedule):
+        """Writes the means that are due. Raises InputError if loss or gradients are not finite."""
+        if self.due:
+            (step, totals), self.due = self.due, None
+            sums, now = {name: float(np.asarray(x)[0]) for name, x in totals.items()}, time.perf_counter()
+            require(all(map(math.isfinite, sums.values())), f"step {step}: loss not finite; lower --learning_rate?")
+            means = {"loss": sums["loss"] / max(sums["predicted"], 1), "learning_rate": float(schedule(step - 1))}
+            means |= {"time": now - self.start, "tokens_per_second": sums["tokens"] / (now - self.last)}
+            self.results, self.last = {f"train_{name}": value for name, value in means.items()}, now
+            self.scalars(self.results, step)
+
+def write_results(output_dir: Path, results: dict[str, float], split: str):
+    """SPLIT_results.json, and the same values among those of all_results.json, each written aside and renamed."""
+    path = output_dir / "all_results.json"
+    every = {**(json.loads(path.read_text()) if path.exists() else {}), **results}
+    for name, content in ((path.name, every), (f"{split}_results.json", results)):
+        (output_dir / f"{name}.tmp").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        (output_dir / f"{name}.tmp").replace(output_dir / name)
+
+def to_pytorch(params) -> dict[str, np.ndarray]:
+    """Flax parameters under the names and in the layout of Transformers' PyTorch classes."""
+    names, flat = {"kernel": "weight", "scale": "weight", "embedding": "weight"}, flatten_dict(params)
+    named = {(*path, names.get(name, name)): x.T if name == "kernel" else x for (*path, name), x in flat.items()}
+    return {".".join(path): np.ascontiguousarray(x) for path, x in named.items()}
+
+class Saver(ThreadPoolExecutor):
+    """Writes what a run leaves, in the background: a checkpoint, then the model, then the upload."""
+    def __init__(self, args, model, tokenizer, run: dict, step: int, upload):
+        super().__init__(2)
+        self.model, self.tokenizer, self.run, self.upload = model, tokenizer, run, upload
+        self.output_dir, self.aside = Path(args.output_dir), Path(args.output_dir) / ".tmp"
+        self.saving, self.uploading, checkpoints = None, None, self.output_dir.absolute() / "checkpoints"
+        shutil.rmtree(self.aside, ignore_errors=True)
+        if args.overwrite_output_dir and args.resume_from_checkpoint is None and checkpoints.exists():
+            shutil.rmtree(checkpoints.rename(self.aside))  # gone at once, not bit by bit
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        options = CheckpointOptions(max_to_keep=args.save_total_limit, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(checkpoints, options=options)
+        [self.manager.delete(later) for later in self.manager.all_steps() if later > step]
+    def save(self, state, step: int, last: bool):
+        """Returns as soon as `state` is copied from the device and the save before is written."""
+        state = jax.tree.map(lambda x: x.addressable_shards[0].data, state)  # without the program that x[0] runs
+        jax.tree.map(lambda x: x.copy_to_host_async(), state)  # all transfers at once
+        state = jax.tree.map(lambda x: np.array(x)[0, ...], state)
+        self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
+        self.saving = self.submit(self.write, state, step, last)
+    def write(self, state, step: int, last: bool):
+        if step not in self.manager.all_steps():
+            items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self.run)}
+            self.manager.save(step, args=ocp.args.Composite(**items))
+        if self.uploading and not self.uploading.done() and not last:
+            return  # no file may change during an upload; a later save exports
+        self.uploading and self.uploading.result()
+        self.model.save_pretrained(self.aside, params=state.params)
+        self.tokenizer.save_pretrained(self.aside)
+        save_file(to_pytorch(state.params), self.aside / "model.safetensors", metadata={"format": "pt"})
+        (self.aside / "model.safetensors").chmod((self.aside / "config.json").stat().st_mode)  # else the owner's alone
+        for file in self.aside.iterdir():
+            file.replace(self.output_dir / file.name)
+        self.uploading = self.upload and not last and self.submit(self.try_upload, step)
+    def try_upload(self, step: int):
+        try:
+            self.upload(f"Step {step}", "events.*")  # which still grow
+        except Exception as error:  # of the network or the server
+            logger.warning(f"The upload of step {step} failed, the next repairs it: {' '.join(str(error).split())}")
+
+def find_checkpoints(args) -> list[Path]:
+    """The checkpoints to resume from, newest first. Raises InputError where the run may not or can not write."""
+    output_dir, wanted = Path(args.output_dir).absolute(), args.resume_from_checkpoint
+    parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    explain(f"--output_dir {output_dir}: {parent} is not writable", tempfile.TemporaryFile, dir=parent)
+    ours = args.overwrite_output_dir or not args.do_train or wanted or (output_dir / "checkpoints").is_dir()
+    empty = parent != output_dir or not any(output_dir.iterdir())
+    require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
+    path = Path(wanted or output_dir).absolute()
+    found = (path for path in (*path.parent.glob(path.name), *path.glob("checkpoints/*")) if path.name.isdigit())
+    found = [path for path in found if path.parent.name == "checkpoints"]
+    require(found or wanted is None, f"--resume_from_checkpoint {path}: it has no checkpoint")
+    return [] if args.overwrite_output_dir and wanted is None else sorted(found, key=lambda path: -int(path.name))
+
+def restore(checkpoints: list[Path], state, run: dict):
+    """The first readable checkpoint, as a host copy of `state`, and its step. Raises InputError if of another run."""
+    for path in checkpoints:
+        manager, step = ocp.CheckpointManager(path.parent, options=CheckpointOptions(read_only=True)), int(path.name)
+        try:
+            found = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+            for name, value in run.items():
+                require(found[name] == value, f"{path}: its {name} is {found[name]}, of this run {value}")
+            return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state, step
+        except InputError:
+            raise
+        except Exception as error:  # whatever a damaged file makes of it
+            logger.warning(f"{path} cannot be read and is skipped: {str(error).splitlines()[0][:200]}")
+            time.sleep(0.5)  # for the reads that Orbax leaves pending
+    raise InputError(f"{checkpoints[0].parent}: no checkpoint can be read; --overwrite_output_dir starts over")
+
+def connect_hub(args):
+    """Creates the repository and returns a function that uploads output_dir to it. Raises InputError."""
+    api, output_dir = huggingface_hub.HfApi(token=args.hub_token or args.token), Path(args.output_dir)
+    name = args.hub_model_id or output_dir.absolute().name
+    problem = f"--push_to_hub: no access to {name}, may --hub_token write there?"
+    repo_id = explain(problem, api.create_repo, name, exist_ok=True).repo_id
+    attempt = huggingface_hub.CommitOperationAdd("README.md", b"-")  # whose first step tells if the token may write
+    explain(problem, api.preupload_lfs_files, repo_id, [attempt])
+    upload, ignored = partial(api.upload_folder, repo_id=repo_id, folder_path=output_dir), ["checkpoints/**", "*.tmp*"]
+    return lambda message, *more: upload(commit_message=message, ignore_patterns=[*ignored, *more])
+
+def set_up(args):
+    """This process's part in the cluster, logging, and a compilation cache that makes the second start fast."""
+    if args.distributed:
+        found = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
+        explain("--distributed", jax.distributed.initialize, **{key: int(x) for key, x in found.items() if x})
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level="ERROR", force=True)
+    logger.setLevel("ERROR" if args.distributed and jax.process_index() else "INFO")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax 0.12 logs what it raises, and leaves reads pending:
+    sys.unraisablehook = lambda error: "loop is closed" in str(error.exc_value) or sys.__unraisablehook__(error)
+    transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    huggingface_hub.utils.disable_progress_bars()  # of uploads in the background
+    sys.stderr.isatty() or datasets.disable_progress_bars()
+    cache = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "jax-compilation-cache")
+    jax.config.jax_compilation_cache_dir or jax.config.update("jax_compilation_cache_dir", str(cache))
+
+def main(args) -> int:
+    set_up(args)
+    is_writer = not args.distributed or jax.process_index() == 0  # no devices yet: data is read by forked processes
+    output_dir, step, stopping, caught = Path(args.output_dir), 0, 0, []  # caught: signals, for the loop to stop at
+    checkpoints = find_checkpoints(args) if is_writer else []
+    upload = connect_hub(args) if args.push_to_hub and is_writer else None
+    config, tokenizer, max_length = load_config_and_tokenizer(args)
+    noise = (args.mlm_probability, args.permute_sentence_ratio, args.poisson_lambda)
+    collator = FlaxDataCollatorForBartDenoisingLM(tokenizer, max_length, config.decoder_start_token_id, *noise)
+    train_texts, eval_texts = load_texts(args)
+    train_set = args.do_train and tokenize(train_texts, tokenizer, max_length, args, args.max_train_samples, "train")
+    eval_set = args.do_eval and tokenize(eval_texts, tokenizer, max_length, args, args.max_eval_samples, "evaluation")
+    shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
+    batch_size, num_sequences = jax.device_count() * math.prod(shape), len(train_set.ends) if train_set else 0
+    steps_per_epoch, sizes = num_sequences // batch_size, f"{num_sequences:,} sequences of {max_length} tokens"
+    require(steps_per_epoch or not args.do_train, f"too little training data: {sizes}, and a batch takes {batch_size}")
+    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+
+    model, params = load_model(args, config)
+    optimizer, schedule = make_optimizer(args, num_steps)
+    state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
+    run = {name: x for name, x in json.loads(config.to_json_string()).items() if name != "transformers_version"}
+    run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
+    if checkpoints and args.do_train:
+        state, step = restore(checkpoints, state, run)
+    if jax.process_count() > 1:
+        state, step = multihost_utils.broadcast_one_to_all((state, step))
+    copies = lambda x: np.broadcast_to(x, (jax.local_device_count(), *np.shape(x)))  # noqa: E731
+    state, first_step = shard(jax.tree.map(copies, state)), int(step)
+    saver = Saver(args, model, tokenizer, run, first_step, upload) if args.do_train and is_writer else None
+    log = TrainingLog(output_dir)
+    fixed = {"model": model}
+    p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
+    p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
+    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args)
+    if args.do_train:
+        num_params, devices = sum(x.size for x in jax.tree.leaves(params)), jax.device_count()
+        logger.info(f"Training {num_params:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "
+                    f"{devices} devices x {shape[0]} x {shape[1]} = {batch_size}, an epoch {steps_per_epoch} steps.")
+        zeros = totals = shard(dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), copies(np.float32(0))))
+        for number in (signal.SIGTERM, signal.SIGINT):  # noted, for the loop to save and stop; a second one kills
+            signal.signal(number, lambda number, _: (caught.append(number), signal.signal(number, signal.SIG_DFL)))
+        batches = prefetch(train_batches(train_set, collator, args.seed, range(first_step, num_steps), shape))
+        with saver or ThreadPoolExecutor(1):  # whose end, also by an error, waits for what is being written
+            for step, batch in enumerate(batches, first_step + 1):
+                state, totals = p_train_step(state, totals, batch)
+                log.flush(schedule)
+                stopping = max(caught, default=0)
+                if jax.process_count() > 1:  # what any process was told; they ask each other every tenth step
+                    stopping = int(multihost_utils.process_allgather(stopping).max()) if step % 10 == 0 else 0
+                last = stopping or step == num_steps
+                if step % args.logging_steps == 0 or step % args.save_steps == 0 or last:
+                    log.due, totals = (step, totals), zeros
+                if step % args.save_steps == 0 or last:
+                    log.flush(schedule)
+                    saver and saver.save(state, step, last)
+                if stopping:
+                    break
+                if args.do_eval and step % (args.eval_steps or steps_per_epoch) == 0 and not last:
+                    log.scalars(evaluation(state.params), step)
+            step == first_step and saver and saver.save(state, step, last=True)  # the export may have been killed
+            saver and explain(f"{output_dir}: the last save failed, those before are whole", saver.saving.result)
+        saver and log.results and write_results(output_dir, log.results, "train")
+    if args.do_eval and not (stopping or (caught and not args.distributed)):
+        results = evaluation(state.params)
+        log.scalars(results, step)
+        is_writer and write_results(output_dir, results, "eval")
+    if upload and not (stopping or caught):
+        card, tags = output_dir / "README.md", ["flax", config.model_type]
+        card.exists() or huggingface_hub.metadata_save(card, {"library_name": "transformers", "tags": tags})
+        explain("--push_to_hub: the last upload failed, output_dir has it all", upload, "End of training")
+    return 128 + max([stopping, *caught]) if stopping or caught else 0
+
+def cli(argv: list[str] | None = None) -> int:
+    """Runs `main`. What a user can mend is one line: status 2 for the command line, 1 for data or environment."""
+    args = None
+    for number in (signal.SIGTERM, signal.SIGINT):  # until training starts
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        args = parse_args(argv)
+        return main(args)
+    except (InputError, OSError) as error:
+        print(" ".join(f"{Path(__file__).name}: error: {error}".split()), file=sys.stderr, flush=True)
+        args and args.distributed and os._exit(1)  # the other processes wait for this one, and it would for them
+        return 1 if args else 2
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -206,7 +206,7 @@ class FlaxDataCollatorForBartDenoisingLM:
         starts_document = is_text & np.diff(is_text, axis=1, prepend=False)
         starts_sentence = is_text & (starts_document | np.roll(marks != 0, 1, axis=1))
         text = input_ids[is_text][self.permute(is_text, starts_document, starts_sentence, draws[:, : marks.shape[1]])]
-        draws = draws[:, self.max_length :].reshape(-1, 4, self.max_masked)
+        draws = draws[:, self.max_length :].reshape(len(marks), 4, self.max_masked)
         shown, lengths = self.infill(input_ids, is_text, text, starts_document[is_text], draws)
         is_shown = np.arange(input_ids.shape[1]) < lengths[:, None]
         batch = {"input_ids": np.full_like(input_ids, pad), "attention_mask": is_shown.astype(np.int32)}
@@ -214,7 +214,7 @@ class FlaxDataCollatorForBartDenoisingLM:
         batch["decoder_input_ids"] = np.insert(input_ids[:, :-1], 0, self.decoder_start_token_id, axis=1)
         return {**batch, "labels": np.where(input_ids == pad, np.int32(IGNORE), input_ids)}
     def permute(self, is_text, starts_document, starts_sentence, draws):
-        """The order of the text's tokens: in each document the sentences with the lowest draws, as many as change places,
+        """The order of the text's tokens: in each document the sentences with the lowest draws, as many as move,
         take the places that they had in the order of their draws."""
         starts, document = np.flatnonzero(starts_sentence[is_text]), np.cumsum(starts_document[starts_sentence]) - 1
         lengths, order = np.diff(starts, append=np.count_nonzero(is_text)), np.arange(len(starts))

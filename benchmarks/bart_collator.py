@@ -19,12 +19,14 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
-from run_bart_dlm_flax import FlaxDataCollatorForBartDenoisingLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from test_bart_objective import denoise_row, make_rows
 from training_scripts import word_tokenizer
+
+from run_bart_dlm_flax import FlaxDataCollatorForBartDenoisingLM
 
 SHAPES = ((8, 128), (8, 1024), (32, 512), (32, 1024))
 

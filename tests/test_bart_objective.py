@@ -105,15 +105,15 @@ def denoise_row(row, ends_sentence, rng: random.Random, probability: float, rati
             state[text[at]] = "kept"
             at += 1
     room = num_masked - list(state.values()).count("span")
-    kept = [position for position in text if state[position] == "kept"]
+    kept = {position: i for i, position in enumerate(position for position in text if state[position] == "kept")}
     inserted = Counter(rng.randint(0, num_kept) for _ in range(min(num_zeros, room))) if kept else Counter()
     shown = []
     for position, token in enumerate(row):
         if state.get(position) == "kept":
-            shown += inserted[kept.index(position)] * [MASK]
+            shown += inserted[kept[position]] * [MASK]
         if state.get(position, "kept") != "hidden" and token != PAD:
             shown.append(MASK if state.get(position) == "span" else token)
-        if kept and position == kept[-1]:
+        if kept.get(position) == num_kept - 1:
             shown += inserted[num_kept] * [MASK]
     return shown
 

@@ -48,7 +48,7 @@ from transformers.hf_argparser import HfArg
 logger = logging.getLogger(__name__)
 DROPOUT_PRNG = "rbg"  # the fast generator of jax.random; its bits depend on the key and the kind of device alone
 IGNORE = -100  # the label of a token that is not predicted
-PIECES = 8  # the logits of a batch are computed in so many, one after the other
+PIECES = 8  # the logits of a batch are computed in so many, one after the other; benchmarks/clm_memory.py compares
 CheckpointOptions = partial(ocp.CheckpointManagerOptions, create=False, enable_async_checkpointing=False,
     multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}))
 
@@ -72,7 +72,7 @@ def explain(what: str, function, *args, **kwargs):
 class ModelArguments:
     _argument_group_name = "model"
     model_name_or_path: str | None = HfArg(default=None, help="Hub id or folder of a model to go on from.")
-    model_type: str | None = HfArg(default="bart", help="Family of a model to train from scratch: bart or mbart.")
+    model_type: str | None = HfArg(default="bart", help="Family of a model to train from scratch.")
     config_name: str | None = HfArg(default=None, help="Hub id or folder of a config, if not the model's.")
     tokenizer_name: str | None = HfArg(default=None, help="Hub id or folder of a tokenizer, if not the model's.")
     cache_dir: str | None = HfArg(default=None, help="For downloads, tokenized data and compiled programs.")
@@ -107,9 +107,9 @@ class TrainingArguments:
     _argument_group_name = "training"
     output_dir: str = HfArg(help="Where the model, its checkpoints and logs are written.")
     overwrite_output_dir: bool = HfArg(default=False, help="Start over: discard the checkpoints in output_dir.")
-    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Its folder.")
-    do_train: bool = HfArg(default=False, help="Only train. With neither do_train nor do_eval: both.")
-    do_eval: bool = HfArg(default=False, help="Only evaluate; with do_train: both.")
+    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Checkpoint.")
+    do_train: bool = HfArg(default=False, help="Train; alone: without evaluation. With neither of the two: both.")
+    do_eval: bool = HfArg(default=False, help="Evaluate; alone: a trained model.")
     per_device_train_batch_size: int = HfArg(default=8, help="Sequences a device and a forward pass.")
     per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes an optimizer step.")
@@ -324,30 +324,31 @@ def encode(batch, tokenizer, language: str):
             "ends_sentence": [np.append(pad[1:], False)[~pad].astype(np.int8) for _, pad in encoded]}
 
 class Sequences(NamedTuple):
-    """Tokenized documents end to end, so that a batch is one NumPy gather."""
+    """Tokenized sequences end to end, so that a batch is one NumPy gather."""
     input_ids: np.ndarray  # [tokens] int32
     ends_sentence: np.ndarray  # [tokens] int8, 1 at the last token of a sentence
-    ends: np.ndarray  # [sequences] int64
+    starts: np.ndarray  # [sequences] int64, as `ends`
+    ends: np.ndarray
 
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
     """Blocks of `max_length` tokens out of all documents end to end."""
-    kinds = {"input_ids": datasets.Value("int32"), "ends_sentence": datasets.Value("int8")}
+    kinds = {"input_ids": "int32", "ends_sentence": "int8"}
+    kinds = datasets.Features({name: datasets.Sequence(datasets.Value(kind)) for name, kind in kinds.items()})
+    options = {"load_from_cache_file": not args.overwrite_cache, "num_proc": args.preprocessing_num_workers}
     encoded = dataset.map(partial(encode, tokenizer=tokenizer, language=args.language), batched=True,
-        features=datasets.Features({name: datasets.Sequence(kind) for name, kind in kinds.items()}),
-        num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache,
-        remove_columns=dataset.column_names, desc=f"{what} data")
+        remove_columns=dataset.column_names, features=kinds, desc=what, **options)
     require(len(encoded), f"the {what} data has no text: all of its {len(dataset)} rows are blank")
     columns = [np.concatenate([x.flatten().to_numpy() for x in encoded.data.column(name).chunks]) for name in kinds]
     ends = np.arange(max_length, len(columns[0]) + 1, max_length)[:limit]
     require(len(ends), f"too little {what} data: {len(columns[0])} tokens do not fill a block of {max_length}")
-    return Sequences(*columns, ends)
+    return Sequences(*columns, ends - max_length, ends)
 
 def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
     """This process's part of the global batch of `rows`: arrays [local devices, *shape, length] int32. Rows of -1 fill
     up a partial batch and have no labels. `first_row` counts the rows before in the draws of `seed`."""
     local = np.split(rows, jax.process_count())[jax.process_index()]
     first_row += jax.process_index() * len(local)
-    index = sequences.ends[local, None] + np.arange(-collator.max_length, 0)
+    index = sequences.starts[local, None] + np.arange(collator.max_length)
     rng = np.random.Generator(np.random.PCG64(seed).advance(first_row * collator.draws_per_row))
     batch = collator({"input_ids": sequences.input_ids[index], "ends_sentence": sequences.ends_sentence[index]}, rng)
     batch["labels"][local < 0] = IGNORE
@@ -413,8 +414,7 @@ def load_model(args, config):
         try:
             return pretrained(_do_init=False)
         except ValueError:  # PyTorch's files are read into an initialized model only
-            model = pretrained()
-            return model, model.params
+            return (model := pretrained()), model.params
     model, params = explain(f"{name} has no model of type {config.model_type}", load)
     checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
     checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
@@ -426,7 +426,7 @@ def load_model(args, config):
     return model, unflatten_dict(params)
 
 def make_optimizer(args, num_steps: int):
-    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; and the learning rate by step."""
+    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; a table of the rate, by step."""
     peak, warmup, decay_steps = args.learning_rate, args.warmup_steps, max(1, num_steps - args.warmup_steps)
     after = {
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
@@ -443,11 +443,11 @@ def make_optimizer(args, num_steps: int):
         adam = partial(optax.adamw, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon)
         optimizer = adam(schedule, weight_decay=args.weight_decay, mask=matrices)
     clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
-    return optax.chain(clip, optimizer), schedule
+    return optax.chain(clip, optimizer), np.asarray(jax.vmap(schedule)(jnp.arange(num_steps + 1))).__getitem__
 
 def train_step(state, totals, batch, seed, **fixed):
     """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since
-    the last log line. Gradients of the summed loss are summed over micro-batches and devices, and divided once."""
+    the last log line. Gradients of `loss_sums(**fixed)` are summed over micro-batches and devices, divided once."""
     rng = jax.random.fold_in(jax.random.key(seed, impl=DROPOUT_PRNG), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
     def micro_step(sums, inputs):
@@ -462,13 +462,12 @@ def train_step(state, totals, batch, seed, **fixed):
     sums["grad_norm"] = optax.global_norm(grads)
     return state.apply_gradients(grads=grads), jax.tree.map(jnp.add, totals, sums)
 
-def evaluate(p_eval_step, sequences, collator, args, params) -> dict[str, float]:
-    """Mean loss and accuracy of all predicted tokens, and perplexity."""
-    batches = eval_batches(sequences, collator, args.seed, args.per_device_eval_batch_size)
-    sums = [p_eval_step(params, batch) for batch in prefetch(batches)]
+def evaluate(p_eval_step, sequences, collator, seed: int, batch_size: int, params) -> dict[str, float]:
+    """Mean loss of all predicted tokens, perplexity, and accuracy if `loss_sums` counts it."""
+    sums = [p_eval_step(params, batch) for batch in prefetch(eval_batches(sequences, collator, seed, batch_size))]
     sums = {name: sum(float(np.asarray(batch[name])[0]) for batch in sums) for name in sums[0]}
-    loss, accuracy = (sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy"))
-    return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": math.exp(min(loss, 700))}
+    means = {f"eval_{name}": sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy") if name in sums}
+    return {**means, "eval_perplexity": math.exp(min(means["eval_loss"], 700))}
 
 def shard(tree):
     """Arrays [local devices, ...] onto the local devices, on the mesh where pmap over "batch" puts its own output; on
@@ -533,9 +532,8 @@ class Saver(ThreadPoolExecutor):
         self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
         self.saving = self.submit(self.write, state, step, last)
     def write(self, state, step: int, last: bool):
-        if step not in self.manager.all_steps():
-            items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self.run)}
-            self.manager.save(step, args=ocp.args.Composite(**items))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(self.run))
+        step in self.manager.all_steps() or self.manager.save(step, args=items)
         if self.uploading and not self.uploading.done() and not last:
             return  # no file may change during an upload; a later save exports
         self.uploading and self.uploading.result()
@@ -545,6 +543,7 @@ class Saver(ThreadPoolExecutor):
         (self.aside / "model.safetensors").chmod((self.aside / "config.json").stat().st_mode)  # else the owner's alone
         for file in self.aside.iterdir():
             file.replace(self.output_dir / file.name)
+        self.aside.rmdir()
         self.uploading = self.upload and not last and self.submit(self.try_upload, step)
     def try_upload(self, step: int):
         try:
@@ -558,6 +557,7 @@ def find_checkpoints(args) -> list[Path]:
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     explain(f"--output_dir {output_dir}: {parent} is not writable", tempfile.TemporaryFile, dir=parent)
     ours = args.overwrite_output_dir or not args.do_train or wanted or (output_dir / "checkpoints").is_dir()
+    ours = ours or output_dir in {Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name}
     empty = parent != output_dir or not any(output_dir.iterdir())
     require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
     path = Path(wanted or output_dir).absolute()
@@ -573,7 +573,7 @@ def restore(checkpoints: list[Path], state, run: dict):
         try:
             found = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
             for name, value in run.items():
-                require(found[name] == value, f"{path}: its {name} is {found[name]}, of this run {value}")
+                require(found.get(name, value) == value, f"{path}: its {name} is {found.get(name)}, here {value}")
             return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state, step
         except InputError:
             raise
@@ -630,7 +630,7 @@ def main(args) -> int:
     model, params = load_model(args, config)
     optimizer, schedule = make_optimizer(args, num_steps)
     state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
-    run = {name: x for name, x in json.loads(config.to_json_string()).items() if name != "transformers_version"}
+    run = json.loads(config.to_json_string()) | {"transformers_version": None, "architectures": None}
     run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
     if checkpoints and args.do_train:
         state, step = restore(checkpoints, state, run)
@@ -643,7 +643,7 @@ def main(args) -> int:
     fixed = {"model": model}
     p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
-    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args)
+    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)
     if args.do_train:
         num_params, devices = sum(x.size for x in jax.tree.leaves(params)), jax.device_count()
         logger.info(f"Training {num_params:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "

@@ -73,6 +73,7 @@ def write_files(place: Place):
     (folder / "broken_weights" / "model.safetensors").unlink()
     word_tokenizer(folder / "without_mask", without=("mask",))
     word_tokenizer(folder / "without_pad", without=("pad",))
+    word_tokenizer(folder / "without_eos", without=("eos",))
     word_tokenizer(folder / "larger", num_words=NUM_WORDS + 10)
     settings = {name: place.settings(output_dir) | changes for name, (output_dir, changes) in SETTINGS.items()}
     for name, values in settings.items():
@@ -253,8 +254,16 @@ ENVIRONMENT = {
     "no such model": ({"model_name_or_path": "missing", "config_name": None}, ["missing"]),
     "a model without weights": ({"model_name_or_path": "start", "config_name": None}, ["start"]),
     "a model with broken weights": ({"model_name_or_path": "broken_weights"}, ["broken_weights"]),
-    "model_type of another config": ({"model_type": "OTHER"}, ["--model_type", "OTHER", "TYPE"]),
+    "model_type of another config": ({"model_type": "OTHER"}, ["--model_type", "OTHER", "OWN"]),
     "no mask token": ({"tokenizer_name": "without_mask"}, ["without_mask", "mask token"]),
+    "no pad token for sentences": (
+        {"tokenizer_name": "without_pad", "poisson_lambda": 3},
+        ["without_pad", "pad token"],
+    ),
+    "no eos token for documents": (
+        {"tokenizer_name": "without_eos", "poisson_lambda": 3},
+        ["without_eos", "eos token"],
+    ),
     "no pad token": ({"tokenizer_name": "without_pad", "line_by_line": True}, ["without_pad", "pad token"]),
     "a tokenizer too large": (
         {"model_name_or_path": "present", "tokenizer_name": "larger"},
@@ -272,10 +281,11 @@ ENVIRONMENT = {
 @pytest.mark.parametrize("case", ENVIRONMENT)
 def test_wrong_data_or_environment(place, case):
     changes, words = ENVIRONMENT[case]
-    skip_unless_known(place.script, changes)
-    types = {"OTHER": place.script.other_model_type, "TYPE": place.script.model_type}
-    changes = {flag: types.get(value, value) if flag == "model_type" else value for flag, value in changes.items()}
-    check_everywhere(place, changes, 1, [types.get(word, word) for word in words])
+    script = place.script
+    skip_unless_known(script, changes)
+    names = {"OTHER": script.other_model_type, "OWN": script.model_type}
+    changes = {flag: names.get(value, value) for flag, value in changes.items()}
+    check_everywhere(place, changes, 1, [names.get(word, word) for word in words])
 
 
 @pytest.mark.parametrize(
@@ -327,9 +337,9 @@ def test_a_larger_tokenizer_gets_a_larger_table(place):
     assert {str(NUM_WORDS + 15), str(NUM_WORDS + 5)} <= set(re.findall(r"\d+", line))
     assert json.loads((place.directory / "enlarged" / "config.json").read_text())["vocab_size"] == NUM_WORDS + 15
     weights = load_file(place.directory / "enlarged" / "model.safetensors")
-    sizes = {size for value in weights.values() for size in value.shape}
-    assert NUM_WORDS + 15 in sizes
-    assert NUM_WORDS + 5 not in sizes
+    tables = {value.shape for value in weights.values() if value.ndim == 2}
+    assert NUM_WORDS + 15 in {rows for rows, _ in tables}
+    assert NUM_WORDS + 5 not in {rows for rows, _ in tables}
 
 
 def test_quoted_values_through_a_shell(place):

@@ -107,9 +107,9 @@ class Script:
     write_model: Callable  # (directory, **changes of the config) -> None: tokenizer and config of a tiny model
     no_dropout: tuple[str, ...]  # the config's dropout rates, to be set to 0
     length_flag: str = "max_seq_length"
+    width: str = "hidden_size"  # in its config
     modules: tuple[str, ...] = ()  # what a run imports late, for the fork server to import early
     flags: tuple[str, ...] = ()  # that it needs more than the others
-    width: str = "hidden_size"  # the config's name for it
     needs_model_type: bool = True  # without a config; else it has a default
 
     def __str__(self):

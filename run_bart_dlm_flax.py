@@ -72,7 +72,7 @@ def explain(what: str, function, *args, **kwargs):
 class ModelArguments:
     _argument_group_name = "model"
     model_name_or_path: str | None = HfArg(default=None, help="Hub id or folder of a model to go on from.")
-    model_type: str | None = HfArg(default=None, help="Family of a model to train from scratch.")
+    model_type: str | None = HfArg(default="bart", help="Family of a model to train from scratch.")
     config_name: str | None = HfArg(default=None, help="Hub id or folder of a config, if not the model's.")
     tokenizer_name: str | None = HfArg(default=None, help="Hub id or folder of a tokenizer, if not the model's.")
     cache_dir: str | None = HfArg(default=None, help="For downloads, tokenized data and compiled programs.")
@@ -324,30 +324,31 @@ def encode(batch, tokenizer, language: str):
             "ends_sentence": [np.append(pad[1:], False)[~pad].astype(np.int8) for _, pad in encoded]}
 
 class Sequences(NamedTuple):
-    """Tokenized documents end to end, so that a batch is one NumPy gather."""
+    """Tokenized sequences end to end, so that a batch is one NumPy gather."""
     input_ids: np.ndarray  # [tokens] int32
     ends_sentence: np.ndarray  # [tokens] int8, 1 at the last token of a sentence
-    ends: np.ndarray  # [sequences] int64
+    starts: np.ndarray  # [sequences] int64, as `ends`
+    ends: np.ndarray
 
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
     """Blocks of `max_length` tokens out of all documents end to end."""
-    kinds = {"input_ids": datasets.Value("int32"), "ends_sentence": datasets.Value("int8")}
+    kinds = {"input_ids": "int32", "ends_sentence": "int8"}
+    kinds = datasets.Features({name: datasets.Sequence(datasets.Value(kind)) for name, kind in kinds.items()})
+    options = {"load_from_cache_file": not args.overwrite_cache, "num_proc": args.preprocessing_num_workers}
     encoded = dataset.map(partial(encode, tokenizer=tokenizer, language=args.language), batched=True,
-        features=datasets.Features({name: datasets.Sequence(kind) for name, kind in kinds.items()}),
-        num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache,
-        remove_columns=dataset.column_names, desc=f"{what} data")
+        remove_columns=dataset.column_names, features=kinds, desc=what, **options)
     require(len(encoded), f"the {what} data has no text: all of its {len(dataset)} rows are blank")
     columns = [np.concatenate([x.flatten().to_numpy() for x in encoded.data.column(name).chunks]) for name in kinds]
     ends = np.arange(max_length, len(columns[0]) + 1, max_length)[:limit]
     require(len(ends), f"too little {what} data: {len(columns[0])} tokens do not fill a block of {max_length}")
-    return Sequences(*columns, ends)
+    return Sequences(*columns, ends - max_length, ends)
 
 def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
     """This process's part of the global batch of `rows`: arrays [local devices, *shape, length] int32. Rows of -1 fill
     up a partial batch and have no labels. `first_row` counts the rows before in the draws of `seed`."""
     local = np.split(rows, jax.process_count())[jax.process_index()]
     first_row += jax.process_index() * len(local)
-    index = sequences.ends[local, None] + np.arange(-collator.max_length, 0)
+    index = sequences.starts[local, None] + np.arange(collator.max_length)
     rng = np.random.Generator(np.random.PCG64(seed).advance(first_row * collator.draws_per_row))
     batch = collator({"input_ids": sequences.input_ids[index], "ends_sentence": sequences.ends_sentence[index]}, rng)
     batch["labels"][local < 0] = IGNORE
@@ -413,8 +414,7 @@ def load_model(args, config):
         try:
             return pretrained(_do_init=False)
         except ValueError:  # PyTorch's files are read into an initialized model only
-            model = pretrained()
-            return model, model.params
+            return (model := pretrained()), model.params
     model, params = explain(f"{name} has no model of type {config.model_type}", load)
     checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
     checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
@@ -630,7 +630,7 @@ def main(args) -> int:
     model, params = load_model(args, config)
     optimizer, schedule = make_optimizer(args, num_steps)
     state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
-    run = {name: x for name, x in json.loads(config.to_json_string()).items() if name != "transformers_version"}
+    run = json.loads(config.to_json_string()) | {"transformers_version": None, "architectures": None}
     run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
     if checkpoints and args.do_train:
         state, step = restore(checkpoints, state, run)
@@ -643,7 +643,7 @@ def main(args) -> int:
     fixed = {"model": model}
     p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
-    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args)
+    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)
     if args.do_train:
         num_params, devices = sum(x.size for x in jax.tree.leaves(params)), jax.device_count()
         logger.info(f"Training {num_params:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "

@@ -276,6 +276,14 @@ ENVIRONMENT = {
         ["without_sentinels", "extra_id"],
     ),
     "too few sentinels": ({"max_seq_length": 512, "mean_noise_span_length": 3}, ["8", "28", "--max_seq_length"]),
+    "no pad token for sentences": (
+        {"tokenizer_name": "without_pad", "poisson_lambda": 3},
+        ["without_pad", "pad token"],
+    ),
+    "no eos token for documents": (
+        {"tokenizer_name": "without_eos", "poisson_lambda": 3},
+        ["without_eos", "eos token"],
+    ),
     "no pad token": ({"tokenizer_name": "without_pad", "line_by_line": True}, ["without_pad", "pad token"]),
     "a tokenizer too large": (
         {"model_name_or_path": "present", "tokenizer_name": "larger"},

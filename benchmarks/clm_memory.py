@@ -30,7 +30,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "--as_it_is" not in sys.argv:  # read when jax starts
-    flags = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED --xla_disable_hlo_passes=cse_barrier_expander"
+    flags = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED "
+    flags += "--xla_disable_hlo_passes=cse_barrier_expander"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 import flax.linen as nn
 import jax

@@ -53,6 +53,7 @@ from transformers.hf_argparser import HfArg
 logger = logging.getLogger(__name__)
 DROPOUT_PRNG = "rbg"  # the fast generator of jax.random; its bits depend on the key and the kind of device alone
 IGNORE = -100  # the label of a token that is not predicted
+PIECES = 8  # the logits of a batch are computed in so many, one after the other
 FAMILIES = ("longt5", "mt5", "t5")  # of models with sentinels and relative positions
 CheckpointOptions = partial(ocp.CheckpointManagerOptions, create=False, enable_async_checkpointing=False,
     multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}))
@@ -228,7 +229,8 @@ class FlaxDataCollatorForT5MLM:
         ids = {token.lstrip("▁"): i for token, i in vocabulary.items() if "<extra_id_" in token}  # mT5's have the mark
         sentinels = [ids[token] for i in range(len(ids)) if (token := f"<extra_id_{i}>") in ids]
         message = f"{len(sentinels)} sentinels <extra_id_...>, and {self.inputs_length} tokens have {self.num_spans}"
-        require(len(sentinels) >= self.num_spans, f"{name}: it has {message} spans; lower --max_seq_length?")
+        message = f"{name}: it has {message} spans; lower --max_seq_length or raise --mean_noise_span_length"
+        require(len(sentinels) >= self.num_spans, message)
         self.sentinels, self.eos_token_id = np.array(sentinels[: self.num_spans]), self.tokenizer.eos_token_id
     def with_sentinels(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """`tokens` with sentinels so as to be at `positions`, and with eos: [rows, length + spans + 1] int32."""
@@ -263,15 +265,22 @@ def mend_clip():
 
 def loss_sums(params, batch, model, dropout_rng=None):
     """Cross-entropy in float32 of the labels other than -100, summed, and the sums that means are of. In `batch` are
-    input_ids and attention_mask, [batch, inputs] int32, labels and decoder_input_ids, [batch, targets] int32."""
-    labels, train = batch["labels"], dropout_rng is not None
-    options = {"params": params, "dropout_rng": dropout_rng, "train": train, "return_dict": False}
-    logits = model(batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"], **options)[0]
-    logits, predicted = logits.astype(jnp.float32), labels != IGNORE
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(predicted, labels, 0))
-    sums = {"loss": jnp.where(predicted, losses, 0).sum(), "predicted": predicted.sum(dtype=jnp.float32)}
-    if not train:
-        sums["accuracy"] = (predicted & (logits.argmax(-1) == labels)).sum(dtype=jnp.float32)
+    input_ids and attention_mask, [batch, inputs] int32, labels and decoder_input_ids, [batch, targets] int32. The
+    logits come in PIECES, one after the other, and again in the backward pass; the model's own are not used."""
+    train, inputs = dropout_rng is not None, {name: x for name, x in batch.items() if name != "labels"}
+    options = {"params": params, "dropout_rng": dropout_rng, "output_hidden_states": True, "return_dict": True}
+    states, labels = model(**inputs, train=train, **options).decoder_hidden_states[-1], batch["labels"].reshape(-1)
+    tied, scale = model.config.tie_word_embeddings, model.config.d_model**-0.5
+    kernel = (params["shared"]["embedding"].T * scale if tied else params["lm_head"]["kernel"]).astype(model.dtype)
+    @jax.checkpoint
+    def of_token(token):
+        logits, label = jnp.dot(token[0], kernel, preferred_element_type=jnp.float32), token[1]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+        found = {"loss": jnp.where(label != IGNORE, loss, 0), "predicted": label != IGNORE}
+        return found if train else {**found, "accuracy": logits.argmax() == label}
+    tokens = (states.reshape(-1, len(kernel)).astype(model.dtype), labels)  # T5's LayerNorm makes them float32
+    sums = jax.lax.map(of_token, tokens, batch_size=math.ceil(labels.size / PIECES))
+    sums = {name: x.sum(dtype=jnp.float32) for name, x in sums.items()}
     return sums["loss"], sums
 
 def load_texts(args):

@@ -29,6 +29,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("run_*.py"))
 # Smaller values of flags of the training scripts, in commands and JSON files. All other flags stay as written.
 FLAGS = {
     "max_seq_length": 16,
+    "block_size": 16,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
     "warmup_steps": 5,
@@ -40,10 +41,16 @@ FLAGS = {
 # Smaller sizes in Python blocks.
 PYTHON = {
     "vocab_size=50_265": "vocab_size=600",
+    "vocab_size=50_257": "vocab_size=600",
     "hidden_size=768": "hidden_size=32",
     "num_hidden_layers=12": "num_hidden_layers=1",
     "num_attention_heads=12": "num_attention_heads=2",
     "intermediate_size=3072": "intermediate_size=64",
+    "n_layer=12, n_embd=768": "n_layer=1, n_embd=24",
+    "num_layers=12, d_model=768, d_ff=3072, num_heads=12": "num_layers=1, d_model=32, d_ff=64, num_heads=2",
+    'encoder_layers": 6': 'encoder_layers": 1',
+    'decoder_layers": 6': 'decoder_layers": 1',
+    "d_model=768, encoder_ffn_dim=3072, decoder_ffn_dim=3072": "d_model=24, encoder_ffn_dim=64, decoder_ffn_dim=64",
 }
 # Other words in shell blocks.
 SHELL = {
@@ -51,6 +58,7 @@ SHELL = {
     ". .venv/bin/activate": "type python | grep bin/python",  # the environment of the tests is active
     "tensorboard --logdir": "tensorboard --inspect --logdir",  # lists what is there, and ends
     "127.0.0.1:12321": None,  # a port that is free
+    "--vocab_size 32000": "--vocab_size 500",
 }
 LINES = {"train.txt": 40, "validation.txt": 8}  # of the corpus
 ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
@@ -117,7 +125,7 @@ def block_of(section: str, language: str) -> Block:
 def place(tmp_path_factory, corpus) -> Path:
     """What a reader has after `make quickstart`, with a corpus that is a part of it."""
     directory = tmp_path_factory.mktemp("readme")
-    for name in (*SCRIPTS, "quickstart"):
+    for name in (*SCRIPTS, "t5_tokenizer_model", "quickstart"):
         shutil.copy(ROOT / f"{name}.py", directory)
     (directory / "quickstart" / "corpus").mkdir(parents=True)
     for name, count in LINES.items():

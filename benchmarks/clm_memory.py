@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Memory and time of the train step of run_clm_flax.py beside the plain one-hot step.
 
-    python benchmarks/clm_memory.py [--seconds 60] [--layers 12] [--pieces 1 8 32] [--as_it_is] [--json FILE]
+    python benchmarks/clm_memory.py [--seconds 60] [--layers 12] [--pieces 1 8 32] [--xla memory] [--json FILE]
 
 Memory is what XLA plans for the compiled step beyond its arguments (`memory_analysis`, temporaries), for GPT-2 small,
 batch 8, length 512, on one CPU device; nothing is run for it. The plain step is the textbook's: logits of all
@@ -12,9 +12,9 @@ what the other work on the machine does not.
 
 XLA's compiler for CPUs differs from those for GPUs and TPUs in two ways that matter here. It orders operations for
 concurrency, so that AdamW's moments, which the update writes in place, are copied before the forward pass and not
-after the backward pass; and it takes away the barriers that keep the recomputation of --gradient_checkpointing apart
-from the first computation, and merges the two. Flags of XLA have it order for memory and keep the barriers, unless
---as_it_is is given. XLA of jax 0.6 does not know the first of them.
+after the backward pass: with --xla memory, the default, it orders them for memory. And it takes away the barriers
+that keep the recomputation of --gradient_checkpointing apart from the first computation, and merges the two: with
+--xla barriers it keeps them. With --xla as_it_is it does neither. XLA of jax 0.6 does not know the first flag.
 """
 
 import argparse
@@ -29,10 +29,13 @@ from functools import partial
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "--as_it_is" not in sys.argv:  # read when jax starts
-    flags = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED "
-    flags += "--xla_disable_hlo_passes=cse_barrier_expander"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+XLA = {
+    "memory": "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "barriers": "--xla_disable_hlo_passes=cse_barrier_expander",
+    "as_it_is": "",
+}
+chosen = sys.argv[sys.argv.index("--xla") + 1] if "--xla" in sys.argv[:-1] else "memory"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA.get(chosen, '')}".strip()  # read when jax starts
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -137,10 +140,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=60.0, help="for the time; 0: no time is taken")
     parser.add_argument("--layers", type=int, default=12, help="of the model whose memory is asked for; 0: of none")
     parser.add_argument("--pieces", type=int, nargs="+", default=[script.PIECES], help="to compare")
-    parser.add_argument("--as_it_is", action="store_true", help="without flags of XLA, see above")
+    parser.add_argument("--xla", choices=XLA, default="memory", help="how it compiles, see above")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
-    figures = {"jax": jax.__version__, "machine": platform.machine(), "temporaries": {}}
+    figures = {"jax": jax.__version__, "machine": platform.machine(), "xla": args.xla, "temporaries": {}}
     if args.layers:
         print(f"temporaries of the compiled step: GPT-2, {args.layers} layers, batch 8 x 512, jax {jax.__version__}")
         whole = None

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# ruff: noqa: E402, XLA reads its flags when jax is imported
 """Memory and time of the train step of run_clm_flax.py beside the plain one-hot step.
 
     python benchmarks/clm_memory.py [--seconds 60] [--layers 12] [--pieces 1 8 32] [--xla memory] [--json FILE]

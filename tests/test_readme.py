@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import typing
 from pathlib import Path
@@ -68,7 +69,38 @@ NOT_RUN = {  # section: the reason, as the comment before the block gives it
     "Upload to the Hub": "needs an account; tests/test_hub.py trains against a stand-in for the Hub",
     "Versions": "it is the test suite, in an environment with the oldest versions",
 }
-OTHER_FLAGS = {"logdir", "xla_force_host_platform_device_count"}  # of other programs than ours
+DOCUMENTED = {  # section: script, folder, and its flags beside those that name folders
+    "Train": (
+        "run_mlm_flax.py",
+        "my-roberta",
+        """--model_type="roberta" --max_seq_length="128" --weight_decay="0.01" --per_device_train_batch_size="128"
+        --per_device_eval_batch_size="128" --learning_rate="3e-4" --warmup_steps="1000" --overwrite_output_dir
+        --num_train_epochs="18" --adam_beta1="0.9" --adam_beta2="0.98" --logging_steps="500" --save_steps="2500"
+        --eval_steps="2500" """,
+    ),
+    "Train GPT-2": (
+        "run_clm_flax.py",
+        "my-gpt2",
+        """--model_type="gpt2" --do_train --do_eval --block_size="512" --per_device_train_batch_size="64"
+        --learning_rate="5e-3" --warmup_steps="1000" --adam_beta1="0.9" --adam_beta2="0.98" --weight_decay="0.01"
+        --overwrite_output_dir --num_train_epochs="20" --logging_steps="500" --save_steps="2500"
+        --eval_steps="2500" """,
+    ),
+    "Train T5": (
+        "run_t5_mlm_flax.py",
+        "my-t5",
+        """--model_type="t5" --max_seq_length="512" --per_device_train_batch_size="32" --adafactor
+        --learning_rate="0.005" --weight_decay="0.001" --warmup_steps="2000" --overwrite_output_dir
+        --logging_steps="500" --save_steps="10000" --eval_steps="2500" """,
+    ),
+    "Train BART": (
+        "run_bart_dlm_flax.py",
+        "my-bart",
+        """--max_seq_length="1024" --per_device_train_batch_size="32" --learning_rate="1e-4" --warmup_steps="2000"
+        --overwrite_output_dir --logging_steps="500" --save_steps="2000" --eval_steps="2000" """,
+    ),
+}
+OTHER_FLAGS = {"logdir", "vocab_size", "xla_force_host_platform_device_count"}  # of other programs than ours
 
 
 # ------------------------------------------------------------------------------------------------- the README, read
@@ -264,31 +296,27 @@ def test_every_replacement_is_used():
     assert notes == {section: f"not run: {reason}" for section, reason in NOT_RUN.items()}
 
 
-def test_documented_command():
-    """The command that this collection is known for, flag for flag."""
-    words = shlex.split(block_of("Train", "sh").code.replace("\\\n", ""))
-    assert words[:2] == ["python", "run_mlm_flax.py"]
-    flags = dict(word.removeprefix("--").partition("=")[::2] for word in words[2:])
-    assert flags == {
-        "output_dir": "my-roberta",
-        "model_type": "roberta",
-        "config_name": "my-roberta",
-        "tokenizer_name": "my-roberta",
-        "dataset_name": "corpus",
-        "max_seq_length": "128",
-        "weight_decay": "0.01",
-        "per_device_train_batch_size": "128",
-        "per_device_eval_batch_size": "128",
-        "learning_rate": "3e-4",
-        "warmup_steps": "1000",
-        "overwrite_output_dir": "",
-        "num_train_epochs": "18",
-        "adam_beta1": "0.9",
-        "adam_beta2": "0.98",
-        "logging_steps": "500",
-        "save_steps": "2500",
-        "eval_steps": "2500",
-    }
+def flags_of(block: Block) -> tuple[str, dict[str, str]]:
+    """Script and flags of a command."""
+    python, script, *words = shlex.split(block.code.replace("\\\n", ""))
+    assert python == "python"
+    return script, dict(word.removeprefix("--").partition("=")[::2] for word in words)
+
+
+@pytest.mark.parametrize("section", DOCUMENTED)
+def test_documented_command(section):
+    """The commands that this collection is known for, flag for flag; what a reader adds is the evaluation's batch."""
+    script, model, known = DOCUMENTED[section]
+    found, flags = flags_of(block_of(section, "sh"))
+    known = dict(word.removeprefix("--").partition("=")[::2] for word in shlex.split(known))
+    places = dict.fromkeys(("output_dir", "config_name", "tokenizer_name"), model) | {"dataset_name": "corpus"}
+    assert found == script
+    assert {**flags, **known, **places} == flags
+    assert flags.keys() - known.keys() - places.keys() <= {"per_device_eval_batch_size"}
+
+
+def test_json_of_the_command():
+    _, flags = flags_of(block_of("Train", "sh"))
     settings = json.loads(block_of("Resume", "json").code)
     assert "overwrite_output_dir" not in settings
     same = {name: type(value)(flags[name]) for name, value in settings.items()}
@@ -310,17 +338,29 @@ def fields(script: str) -> list[tuple[str, list]]:
 DEFAULTS = {"None": "", "True": "on", "False": "off"}
 
 
+TEMPLATE = "run_mlm_flax"
+
+
 def flag_tables(script: str) -> str:
-    """Markdown tables of all flags of a script, from the same source as --help."""
-    tables = []
+    """Markdown tables of the flags of a script, from the same source as --help: all, or what the template has not."""
+    known = (
+        [] if script == TEMPLATE else [(f.name, f.default, f.metadata["help"]) for _, g in fields(TEMPLATE) for f in g]
+    )
+    left_out = {name for name, _, _ in known} - {field.name for _, group in fields(script) for field in group}
+    names = ", ".join(f"`--{name}`" for name, _, _ in known if name in left_out)
+    differs = f"As those of `{TEMPLATE}.py`, without {names}, and with:"
+    tables = [textwrap.fill(differs, 100, break_on_hyphens=False)] if known else []
     for title, group in fields(script):
         rows = [(title, "default", "meaning")]
+        group = [field for field in group if (field.name, field.default, field.metadata["help"]) not in known]
         for field in group:
             required = field.default is dataclasses.MISSING
             default = "required" if required else DEFAULTS.get(repr(field.default), str(field.default))
             choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
             meaning = field.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
             rows.append((f"`--{field.name}`", default, meaning))
+        if len(rows) == 1:
+            continue
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         lines = [f"| {a:{widths[0]}} | {b:{widths[1]}} | {c} |" for a, b, c in rows]
         lines.insert(1, f"|{'-' * (widths[0] + 2)}|{'-' * (widths[1] + 2)}|---|")

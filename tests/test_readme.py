@@ -47,11 +47,12 @@ PYTHON = {
     "num_hidden_layers=12": "num_hidden_layers=1",
     "num_attention_heads=12": "num_attention_heads=2",
     "intermediate_size=3072": "intermediate_size=64",
-    "n_layer=12, n_embd=768": "n_layer=1, n_embd=24",
+    '"n_layer": 12, "n_head": 12, "n_embd": 768': '"n_layer": 1, "n_head": 2, "n_embd": 24',
     "num_layers=12, d_model=768, d_ff=3072, num_heads=12": "num_layers=1, d_model=32, d_ff=64, num_heads=2",
     'encoder_layers": 6': 'encoder_layers": 1',
     'decoder_layers": 6': 'decoder_layers": 1',
-    "d_model=768, encoder_ffn_dim=3072, decoder_ffn_dim=3072": "d_model=24, encoder_ffn_dim=64, decoder_ffn_dim=64",
+    'coder_ffn_dim": 3072': 'coder_ffn_dim": 64',
+    "d_model=768": "d_model=24",
 }
 # Other words in shell blocks.
 SHELL = {
@@ -196,7 +197,7 @@ def scaled_shell(code: str) -> str:
 
 def scaled_python(code: str) -> str:
     for old, new in PYTHON.items():
-        code = re.sub(rf"\b{re.escape(old)}\b", new, code)
+        code = code.replace(old, new)
     return code
 
 

@@ -132,6 +132,24 @@ def copied(undisturbed, output_dir) -> Path:
     return output_dir
 
 
+def test_both_exports_are_the_last_checkpoint(undisturbed, expected, tmp_path):
+    """Read by the class that config.json names, from a folder with one file of weights and from one with the other."""
+    import transformers
+    from flax.traverse_util import flatten_dict
+
+    (architecture,) = json.loads((undisturbed / "config.json").read_text())["architectures"]
+    trained = {name: value for name, value in expected.items() if "['params']" in name}
+    for name in ("flax_model.msgpack", "model.safetensors"):
+        (tmp_path / name).mkdir()
+        for file in (name, "config.json"):
+            shutil.copy(undisturbed / file, tmp_path / name)
+        model = getattr(transformers, f"Flax{architecture}").from_pretrained(tmp_path / name)
+        found = {path: np.asarray(value) for path, value in flatten_dict(model.params).items()}
+        assert model.required_params == set(found)
+        found = {f".params{''.join(f'[{key!r}]' for key in path)}": value for path, value in found.items()}
+        assert differing(bits(found), trained) == []
+
+
 # ----------------------------------------------------------------------------------------------------------- kills
 
 # The file operations before which a run kills itself, each pattern after the one before.

@@ -98,7 +98,7 @@ class DataTrainingArguments:
     mlm_probability: float = HfArg(default=0.3, help="Part of the tokens to mask.")
     permute_sentence_ratio: float = HfArg(default=1.0, help="Part of a document's sentences to shuffle.")
     poisson_lambda: float = HfArg(default=3.0, help="Mean length of masked spans, those of no token counted.")
-    language: str = HfArg(default="en", help="Language code of the text, by which sentencex finds its sentences.")
+    language: str = HfArg(default="en", help="Code of the text's language, for sentencex; unknown ones are as en.")
     max_train_samples: int | None = HfArg(default=None, help="Train on at most so many sequences.")
     max_eval_samples: int | None = HfArg(default=None, help="Evaluate on at most so many sequences.")
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that tokenize.")
@@ -387,7 +387,7 @@ def load_config_and_tokenizer(args):
     name, load = args.config_name or args.model_name_or_path, partial(AutoConfig.from_pretrained, **args.hub_options)
     config = explain(f"{name} has no config", load, name) if name else transformers.CONFIG_MAPPING[args.model_type]()
     require(args.model_type == config.model_type, f"--model_type {args.model_type}: {name}'s is {config.model_type}")
-    require(not (config.encoder_layerdrop or config.decoder_layerdrop), f"{name}: its layerdrop does not work in Flax")
+    require(config.encoder_layerdrop == config.decoder_layerdrop == 0, f"{name}: Flax has no layerdrop, set both to 0")
     name = args.tokenizer_name or args.model_name_or_path
     load = partial(AutoTokenizer.from_pretrained, use_fast=args.use_fast_tokenizer, **args.hub_options)
     tokenizer = explain(f"{name} has no tokenizer", load, name)

@@ -513,6 +513,15 @@ def test_which_token_the_decoder_starts_from(tmp_path):
         bart.load_config_and_tokenizer(parse(tmp_path))
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_layerdrop_is_refused(tmp_path, side):
+    """Flax's BART would draw the layers to drop once, while it is compiled, and fail if there was one."""
+    word_tokenizer(tmp_path)
+    BartConfig(vocab_size=100, **{f"{side}_layerdrop": 0.1}).save_pretrained(tmp_path)
+    with pytest.raises(bart.InputError, match=rf"{tmp_path}: .*layerdrop"):
+        bart.load_config_and_tokenizer(parse(tmp_path))
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_reference_files_are_refused(tmp_path, split):
     with pytest.raises(bart.InputError, match=rf"--{split}_ref_file refs\.txt"):

@@ -273,6 +273,14 @@ def test_only_whole_sentences_of_a_document_change_places(tokenizer, ratio):
     assert (moved > 100) == (ratio >= 0.5)
 
 
+def test_how_many_sentences_move_is_not_off_by_a_rounding_error(tokenizer):
+    assert 0.55 * 100 > 55
+    examples = one_document(50, 100)
+    examples["starts_sentence"][:] = True
+    moved = [np.sum(np.array(order) != np.arange(100)) for _, order in permuted_documents(tokenizer, examples, 0.55)]
+    assert max(moved) == 55
+
+
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_permutations_are_uniform(tokenizer, ratio):
     """Of four sentences of three tokens; a half of them is two, which change places or do not."""

@@ -23,12 +23,14 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import datasets
+import flax.linen as nn
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -96,7 +98,7 @@ class DataTrainingArguments:
     mlm_probability: float = HfArg(default=0.3, help="Part of the tokens to mask.")
     permute_sentence_ratio: float = HfArg(default=1.0, help="Part of a document's sentences to shuffle.")
     poisson_lambda: float = HfArg(default=3.0, help="Mean length of masked spans, those of no token counted.")
-    language: str = HfArg(default="en", help="Language code of the text, by which sentencex finds its sentences.")
+    language: str = HfArg(default="en", help="Code of the text's language, for sentencex; unknown ones are as en.")
     max_train_samples: int | None = HfArg(default=None, help="Train on at most so many sequences.")
     max_eval_samples: int | None = HfArg(default=None, help="Evaluate on at most so many sequences.")
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that tokenize.")
@@ -169,9 +171,8 @@ def check_args(args):
         ("seed", "between 0 and 4294967295", lambda x: 0 <= x < 2**32)):
         for name, value in ((name, getattr(args, name)) for name in names.split()):
             require(value is None or holds(value), f"--{name} {value}: it must be {meaning}")
-    model = args.model_name_or_path or (args.do_train and (args.config_name or args.model_type))
     file, name, tokenizer = args.train_file or args.validation_file, args.dataset_name, args.tokenizer_name
-    require(model, "no model: give --model_name_or_path, or, to train from scratch, --config_name or --model_type")
+    require(args.do_train or args.model_name_or_path, "no model: to evaluate one, give --model_name_or_path")
     require(tokenizer or args.model_name_or_path, "no tokenizer: give --tokenizer_name or --model_name_or_path")
     require(args.model_type in ("bart", "mbart"), f"--model_type {args.model_type}: neither bart nor mbart")
     require(file or name, "no data: give --dataset_name or --train_file")
@@ -179,97 +180,102 @@ def check_args(args):
     require(args.train_file or name or not args.do_train, "--validation_file needs --train_file, or --do_eval alone")
     return args
 
-@dataclass
 class FlaxDataCollatorForBartDenoisingLM:
     """BART's noise for a batch at once. A document is what stands between special tokens; part of its sentences change
     places. Then spans, `mlm_probability` of a row's tokens in all, become a mask token each: their lengths are Poisson
-    draws, one of length 0 is a mask token more, and one that meets the end of a document goes on as another in the
-    next. No row grows: it gets no more mask tokens than it loses tokens. Row r starts at draw r * draws_per_row."""
-    tokenizer: transformers.PreTrainedTokenizerBase
-    max_length: int
-    decoder_start_token_id: int
-    mlm_probability: float = 0.3
-    permute_sentence_ratio: float = 1.0
-    poisson_lambda: float = 3.0
-    def __post_init__(self):
-        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id, self.tokenizer.mask_token_id}
-        self.is_special = np.isin(np.arange(len(self.tokenizer)), list(special))
-        self.max_masked = round(self.mlm_probability * self.max_length)
-        self.draws_per_row, lengths = self.max_length + 4 * self.max_masked, np.arange(1, self.max_length + 1)
-        log_chances = np.cumsum(math.log(self.poisson_lambda) - np.log(lengths)) - self.poisson_lambda
-        self.cdf = np.cumsum(np.exp(log_chances)) / -math.expm1(-self.poisson_lambda)  # of lengths other than 0
+    draws, one of length 0 is a mask token more while the row has room, and one that meets the end of a document goes
+    on as another in the next. Row r starts at 64-bit draw r * draws_per_row; a span takes one, a token half a one."""
+    def __init__(self, tokenizer, max_length: int, decoder_start_token_id: int, mlm_probability: float = 0.3,
+                 permute_sentence_ratio: float = 1.0, poisson_lambda: float = 3.0):
+        self.max_length, self.start, self.ratio = max_length, np.int32(decoder_start_token_id), permute_sentence_ratio
+        self.pad, self.mask = np.int32(tokenizer.pad_token_id), np.int32(tokenizer.mask_token_id)
+        special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id, tokenizer.mask_token_id}
+        self.is_text = np.isin(np.arange(len(tokenizer)), list(special), invert=True)
+        self.num_masked = np.rint(mlm_probability * np.arange(max_length + 1)).astype(int)
+        self.draws_per_row, quantiles = (max_length + 1) // 2 + int(self.num_masked[-1]), np.arange(0.5, 2**16) / 2**16
+        chances = np.exp(np.cumsum(np.log(poisson_lambda / np.arange(1, max_length + 1))) - poisson_lambda)
+        self.lengths = np.searchsorted(np.cumsum(chances), quantiles * -math.expm1(-poisson_lambda)) + 1  # if not 0
+        self.zeros = np.minimum(-np.log(quantiles) / poisson_lambda, max_length).astype(int)  # how many before another
     def __call__(self, examples: dict[str, np.ndarray], rng: np.random.Generator):
-        """From `input_ids` and `ends_sentence`, marks of last tokens: the encoder's `input_ids` and `attention_mask`,
+        """From `input_ids` and `starts_sentence`, marks of first tokens: what the encoder gets, with `attention_mask`,
         `labels`, the tokens as they were, and `decoder_input_ids`, the labels one later; [rows, length] int32."""
-        input_ids, marks, pad = examples["input_ids"], examples["ends_sentence"], np.int32(self.tokenizer.pad_token_id)
-        draws, is_text = rng.random((len(input_ids), self.draws_per_row)), ~self.is_special[input_ids]
-        starts_document = is_text & np.diff(is_text, axis=1, prepend=False)
-        starts_sentence = is_text & (starts_document | np.roll(marks != 0, 1, axis=1))
-        text = input_ids[is_text][self.permute(is_text, starts_document, starts_sentence, draws[:, : marks.shape[1]])]
-        draws = draws[:, self.max_length :].reshape(len(marks), 4, self.max_masked)
-        shown, lengths = self.infill(input_ids, is_text, text, starts_document[is_text], draws)
-        is_shown = np.arange(input_ids.shape[1]) < lengths[:, None]
-        batch = {"input_ids": np.full_like(input_ids, pad), "attention_mask": is_shown.astype(np.int32)}
-        batch["input_ids"][is_shown] = shown
-        batch["decoder_input_ids"] = np.insert(input_ids[:, :-1], 0, self.decoder_start_token_id, axis=1)
-        return {**batch, "labels": np.where(input_ids == pad, np.int32(IGNORE), input_ids)}
-    def permute(self, is_text, starts_document, starts_sentence, draws):
-        """The order of the text's tokens: in each document the sentences with the lowest draws, as many as move,
-        take the places that they had in the order of their draws."""
-        starts, document = np.flatnonzero(starts_sentence[is_text]), np.cumsum(starts_document[starts_sentence]) - 1
-        lengths, order = np.diff(starts, append=np.count_nonzero(is_text)), np.arange(len(starts))
-        by_draw, rank = np.lexsort((draws[starts_sentence], document)), order - np.searchsorted(document, document)
-        chosen = by_draw[rank < np.ceil(self.permute_sentence_ratio * np.bincount(document) - 1e-9)[document]]
-        order[np.sort(chosen)] = chosen
-        starts, lengths = starts[order], lengths[order]
-        return np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    def span_lengths(self, num_masked, draws):
-        """Poisson draws until they add up to `num_masked` [rows], the last one cut: those above 0, [rows, spans], then
-        0, and how many of a row's are 0: before each of the others there is a geometric number of them."""
-        lengths = np.searchsorted(self.cdf, draws[:, 0, : np.max(num_masked)]) + 1
-        lengths = np.clip(num_masked[:, None] - np.cumsum(lengths, axis=1) + lengths, 0, lengths)
-        zeros = -np.log1p(-draws[:, 1, : lengths.shape[1]]) / self.poisson_lambda
-        return lengths, (np.minimum(zeros, self.max_length).astype(int) * (lengths > 0)).sum(axis=1)
-    def infill(self, input_ids, is_text, text, starts_document, draws):
-        """All rows end to end, their text replaced by `text` and masked, and their lengths. Each span, of length 0 or
-        not, stands between two of the row's tokens that stay, or before or after them all, drawn uniformly."""
-        counts, emits = is_text.sum(axis=1), input_ids != self.tokenizer.pad_token_id
-        num_masked, mask = np.rint(self.mlm_probability * counts).astype(int), self.tokenizer.mask_token_id
-        num_kept, (lengths, num_zeros) = counts - num_masked, self.span_lengths(num_masked, draws)
-        first, gaps = np.cumsum(num_kept) - num_kept, (draws[:, 2:] * (num_kept + 1)[:, None, None]).astype(int)
-        row, used = np.nonzero(lengths)[0], lengths > 0
-        spans = np.sort(gaps[:, 0, : used.shape[1]][used] + first[row] + row << 32 | lengths[used])
-        lengths = spans & 0xFFFFFFFF  # in the order of rows and gaps
-        starts = (spans >> 32) - row + np.cumsum(lengths) - lengths
-        runs = np.diff(np.stack([starts, starts + lengths], axis=1).reshape(-1), prepend=0, append=len(text))
-        masked = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-        shows_mask = masked & starts_document
-        shows_mask[starts] = True
-        shown, stays, room = input_ids.copy(), is_text.copy(), emits.sum(axis=1)
-        shown[is_text], stays[is_text], emits[is_text] = np.where(masked, mask, text), ~masked, ~masked | shows_mask
-        num_zeros = np.minimum(num_zeros, room - emits.sum(axis=1)) * (num_kept > 0)
-        used = np.arange(np.max(num_zeros)) < num_zeros[:, None]
-        row, gaps = np.nonzero(used)[0], gaps[:, 1, : used.shape[1]][used]
-        places = np.flatnonzero(stays[emits])[first[row] + gaps - (gaps == num_kept[row])] + (gaps == num_kept[row])
-        return np.insert(shown[emits], places, mask), emits.sum(axis=1) + num_zeros
+        input_ids, (rows, length) = examples["input_ids"], examples["input_ids"].shape
+        draws = rng.bit_generator.random_raw(rows * self.draws_per_row).view(np.uint32).reshape(rows, -1)
+        is_text, is_pad, spans = self.is_text.take(input_ids), input_ids == self.pad, int(self.num_masked[-1])
+        starts_document = np.diff(is_text, axis=1, prepend=~is_text[:, :1])  # or what is between two
+        starts_sentence = starts_document | is_text & examples["starts_sentence"]
+        order = self.permute(starts_document, starts_sentence, draws[:, 2 * spans : 2 * spans + length])
+        stays, emits = self.infill(is_text, ~is_pad, starts_document.ravel(), draws[:, : 2 * spans])
+        ends = emits.cumsum(axis=1) + np.arange(-1, input_ids.size - 1, length)[:, None]
+        is_shown = np.arange(input_ids.size).reshape(rows, length) <= ends[:, -1:]
+        batch = {"input_ids": np.where(is_shown, self.mask, self.pad), "attention_mask": is_shown.astype(np.int32)}
+        batch["input_ids"].ravel()[ends.ravel()[stays]] = input_ids.take(order[stays])
+        batch["decoder_input_ids"] = np.concatenate([np.full((rows, 1), self.start), input_ids[:, :-1]], axis=1)
+        return {**batch, "labels": np.where(is_pad, IGNORE, input_ids)}
+    def permute(self, starts_document, starts_sentence, draws):
+        """The order of all tokens: the sentences of a document with the lowest draws change places, by their draws."""
+        starts, document = starts_sentence.ravel().nonzero()[0], starts_document[starts_sentence].cumsum()
+        order = (document << 32 | draws[starts_sentence]).argsort()
+        if self.ratio < 1:
+            rank = np.arange(len(order)) - document.searchsorted(document)
+            chosen = order[rank < self.ratio * np.bincount(document)[document] - 1e-9]
+            order = np.arange(len(order))
+            order[np.sort(chosen)] = chosen
+        lengths = (np.append(starts[1:], draws.size) - starts)[order]
+        return (starts[order] - lengths.cumsum() + lengths).repeat(lengths) + np.arange(draws.size)
+    def infill(self, is_text, stays, starts_document, draws):
+        """Which tokens stay, and how many come out of each: itself, or a mask token out of a span's first, after mask
+        tokens inserted. Gaps are drawn uniformly, for those, spans of length 0, without the one at the row's end."""
+        counts, gaps, draws = is_text.sum(axis=1), draws[:, ::2], draws[:, 1::2]
+        num_masked, lengths = self.num_masked[counts], self.lengths.take(draws & 0xFFFF)
+        lengths = np.minimum(lengths, num_masked[:, None] - lengths.cumsum(axis=1) + lengths)  # no more in all
+        num_gaps, used = counts - num_masked + 1, lengths > 0  # gaps around tokens that stay, where spans may be
+        row, first = used.nonzero()[0], num_gaps.cumsum() - num_gaps
+        at, lengths = divmod(np.sort(first[row] + (gaps[used] * num_gaps[row] >> 32) << 32 | lengths[used]), 2**32)
+        hidden = is_text.ravel().nonzero()[0][(at - row).repeat(lengths) + np.arange(num_masked.sum())]
+        stays.ravel()[hidden] = False
+        emits = stays.astype(int)
+        emits.ravel()[hidden] = starts_document[hidden]  # where a span goes on in the next document
+        emits.ravel()[hidden[lengths.cumsum() - lengths]] = 1
+        num_zeros, room = (self.zeros.take(draws >> 16) * used).sum(axis=1), stays.shape[1] - emits.sum(axis=1)
+        used = np.arange(gaps.shape[1]) < (np.minimum(num_zeros, room) * (num_gaps > 1))[:, None]
+        row, kept = used.nonzero()[0], (is_text & stays).ravel().nonzero()[0]
+        np.add.at(emits.ravel(), kept[first[row] - row + (gaps[:, ::-1][used] * (num_gaps[row] - 1) >> 32)], 1)
+        return stays.ravel().nonzero()[0], emits
 
-def loss_sums(params, batch, model, dropout_rng=None):
+def recompute_blocks():
+    """Interceptor (`flax.linen.intercept_methods`) that keeps the input of each block of layers, no activations, and
+    computes those again in the backward pass. In Transformers the modules that are named by a number are the blocks;
+    few of the causal models know gradient checkpointing themselves."""
+    inside = set()
+    def interceptor(next_function, args, kwargs, context):
+        path = context.module.path
+        if context.method_name != "__call__" or not path or not path[-1].isdigit() or path in inside:
+            return next_function(*args, **kwargs)
+        inside.add(path)  # for the call in the next line comes here again
+        outputs = nn.remat(lambda block, states: block(states, *args[1:], **kwargs))(context.module, args[0])
+        inside.remove(path)
+        return outputs
+    return interceptor
+
+def loss_sums(params, batch, model, checkpointing, dropout_rng=None):
     """Cross-entropy in float32 of the labels other than -100, summed, and the sums that means are of. `batch` holds
     input_ids, attention_mask, decoder_input_ids and labels, [batch, length] int32. The logits come in PIECES, one
     after the other, and again in the backward pass; those of the model are not used, and so not computed."""
-    train, inputs = dropout_rng is not None, {name: x for name, x in batch.items() if name != "labels"}
+    train, bias = dropout_rng is not None, jax.lax.stop_gradient(params["final_logits_bias"][0])
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
     options = {"params": params, "dropout_rng": dropout_rng, "output_hidden_states": True, "return_dict": True}
-    states, labels = model(**inputs, train=train, **options).decoder_hidden_states[-1], batch["labels"].reshape(-1)
-    tied, bias = model.config.tie_word_embeddings, jax.lax.stop_gradient(params["final_logits_bias"][0])
-    kernel = (params["model"]["shared"]["embedding"].T if tied else params["lm_head"]["kernel"]).astype(states.dtype)
+    with nn.intercept_methods(recompute_blocks()) if checkpointing else nullcontext():
+        states = model(**inputs, **options, train=train).decoder_hidden_states[-1]
+    head = params["lm_head"]["kernel"] if "lm_head" in params else params["model"]["shared"]["embedding"].T
     @jax.checkpoint
     def of_token(token):
-        logits, label = jnp.dot(token[0], kernel, preferred_element_type=jnp.float32) + bias, token[1]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
-        found = {"loss": jnp.where(label != IGNORE, loss, 0), "predicted": label != IGNORE}
-        return found if train else {**found, "accuracy": logits.argmax() == label}
-    tokens = (states.reshape(-1, len(kernel)), labels)
-    sums = jax.lax.map(of_token, tokens, batch_size=math.ceil(labels.size / PIECES))
+        logits = jnp.dot(token[0], head.astype(states.dtype), preferred_element_type=jnp.float32) + bias
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(token[1], 0))
+        found = {"loss": jnp.where(token[1] != IGNORE, loss, 0), "predicted": token[1] != IGNORE}
+        return found if train else {**found, "accuracy": logits.argmax() == token[1]}
+    tokens = (states.reshape(-1, len(head)), batch["labels"].reshape(-1))
+    sums = jax.lax.map(of_token, tokens, batch_size=math.ceil(batch["labels"].size / PIECES))
     sums = {name: x.sum(dtype=jnp.float32) for name, x in sums.items()}
     return sums["loss"], sums
 
@@ -312,36 +318,32 @@ def mark_sentences(text: str, language: str, mark: str) -> str:
     return "".join(sentence[:end] + mark * (end > 0) + sentence[end:] for end, sentence in ends).removesuffix(mark)
 
 def encode(batch, tokenizer, language: str):
-    """Documents, their sentences joined by the pad token, to `input_ids` without pad tokens, and to `ends_sentence`,
-    marks of the tokens before these. Special tokens stand at both ends of a document."""
+    """Documents to `input_ids`, with pad tokens between sentences. Special tokens stand at both ends of a document."""
     texts = [mark_sentences(text, language, tokenizer.pad_token) for text in batch["text"] if text and text.strip()]
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
     bos, eos = (tokenizer.eos_token_id if x is None else x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    if encoded and eos not in encoded[0][-2:]:  # it adds no special tokens; mBART's puts the language after eos
-        encoded = [[bos, *ids, eos] for ids in encoded]
-    encoded = [(ids, ids == tokenizer.pad_token_id) for ids in map(np.array, encoded)]
-    return {"input_ids": [ids[~pad] for ids, pad in encoded],
-            "ends_sentence": [np.append(pad[1:], False)[~pad].astype(np.int8) for _, pad in encoded]}
+    adds_special = encoded and eos in encoded[0][-2:]  # mBART's puts the language after eos
+    return {"input_ids": encoded if adds_special else [[bos, *ids, eos] for ids in encoded]}
 
 class Sequences(NamedTuple):
     """Tokenized sequences end to end, so that a batch is one NumPy gather."""
     input_ids: np.ndarray  # [tokens] int32
-    ends_sentence: np.ndarray  # [tokens] int8, 1 at the last token of a sentence
+    starts_sentence: np.ndarray  # [tokens] bool, True at the first token of a sentence but not of a document
     starts: np.ndarray  # [sequences] int64, as `ends`
     ends: np.ndarray
 
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
     """Blocks of `max_length` tokens out of all documents end to end."""
-    kinds = {"input_ids": "int32", "ends_sentence": "int8"}
-    kinds = datasets.Features({name: datasets.Sequence(datasets.Value(kind)) for name, kind in kinds.items()})
-    options = {"load_from_cache_file": not args.overwrite_cache, "num_proc": args.preprocessing_num_workers}
-    encoded = dataset.map(partial(encode, tokenizer=tokenizer, language=args.language), batched=True,
-        remove_columns=dataset.column_names, features=kinds, desc=what, **options)
+    encoded = dataset.map(partial(encode, tokenizer=tokenizer, language=args.language), batched=True, desc=what,
+        features=datasets.Features({"input_ids": [datasets.Value("int32")]}), remove_columns=dataset.column_names,
+        num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache)
     require(len(encoded), f"the {what} data has no text: all of its {len(dataset)} rows are blank")
-    columns = [np.concatenate([x.flatten().to_numpy() for x in encoded.data.column(name).chunks]) for name in kinds]
-    ends = np.arange(max_length, len(columns[0]) + 1, max_length)[:limit]
-    require(len(ends), f"too little {what} data: {len(columns[0])} tokens do not fill a block of {max_length}")
-    return Sequences(*columns, ends - max_length, ends)
+    input_ids = np.concatenate([x.flatten().to_numpy() for x in encoded.data.column("input_ids").chunks])
+    is_pad = input_ids == tokenizer.pad_token_id
+    input_ids, starts_sentence = input_ids[~is_pad], np.append(False, is_pad[:-1])[~is_pad]
+    ends = np.arange(max_length, len(input_ids) + 1, max_length)[:limit]
+    require(len(ends), f"too little {what} data: {len(input_ids)} tokens do not fill a block of {max_length}")
+    return Sequences(input_ids, starts_sentence, ends - max_length, ends)
 
 def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
     """This process's part of the global batch of `rows`: arrays [local devices, *shape, length] int32. Rows of -1 fill
@@ -350,10 +352,9 @@ def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int
     first_row += jax.process_index() * len(local)
     index = sequences.starts[local, None] + np.arange(collator.max_length)
     rng = np.random.Generator(np.random.PCG64(seed).advance(first_row * collator.draws_per_row))
-    batch = collator({"input_ids": sequences.input_ids[index], "ends_sentence": sequences.ends_sentence[index]}, rng)
+    batch = collator({name: getattr(sequences, name)[index] for name in ("input_ids", "starts_sentence")}, rng)
     batch["labels"][local < 0] = IGNORE
     return {name: array.reshape(jax.local_device_count(), *shape, -1) for name, array in batch.items()}
-
 
 def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int, int]):
     """The batches of `steps`, each a function of the seed and its number; an epoch is a permutation of all rows."""
@@ -386,6 +387,7 @@ def load_config_and_tokenizer(args):
     name, load = args.config_name or args.model_name_or_path, partial(AutoConfig.from_pretrained, **args.hub_options)
     config = explain(f"{name} has no config", load, name) if name else transformers.CONFIG_MAPPING[args.model_type]()
     require(args.model_type == config.model_type, f"--model_type {args.model_type}: {name}'s is {config.model_type}")
+    require(config.encoder_layerdrop == config.decoder_layerdrop == 0, f"{name}: Flax has no layerdrop, set both to 0")
     name = args.tokenizer_name or args.model_name_or_path
     load = partial(AutoTokenizer.from_pretrained, use_fast=args.use_fast_tokenizer, **args.hub_options)
     tokenizer = explain(f"{name} has no tokenizer", load, name)
@@ -416,8 +418,6 @@ def load_model(args, config):
         except ValueError:  # PyTorch's files are read into an initialized model only
             return (model := pretrained()), model.params
     model, params = explain(f"{name} has no model of type {config.model_type}", load)
-    checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
-    checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
     params = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params).items()}
     if missing := model.required_params - set(params):
         params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
@@ -640,7 +640,7 @@ def main(args) -> int:
     state, first_step = shard(jax.tree.map(copies, state)), int(step)
     saver = Saver(args, model, tokenizer, run, first_step, upload) if args.do_train and is_writer else None
     log = TrainingLog(output_dir)
-    fixed = {"model": model}
+    fixed = {"model": model, "checkpointing": args.gradient_checkpointing}
     p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
     evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)

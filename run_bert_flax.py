@@ -50,6 +50,7 @@ def explain(what: str, function, *args, **kwargs):
 
 @dataclass
 class BenchmarkArguments:
+    _argument_group_name = "benchmark"
     precision: Literal["float32", "bfloat16"] = HfArg(default="float32", help="Of weights and activations.")
     compare: bool = HfArg(default=False, help="Run both precisions by turns, and say how their times compare.")
     model_name_or_path: str = HfArg(default=DEFAULT_MODEL, help="Hub id or folder of an encoder's weights.")

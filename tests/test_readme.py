@@ -61,6 +61,7 @@ SHELL = {
     "tensorboard --logdir": "tensorboard --inspect --logdir",  # lists what is there, and ends
     "127.0.0.1:12321": None,  # a port that is free
     "--vocab_size 32000": "--vocab_size 500",
+    "run_bert_flax.py --compare": "run_bert_flax.py --compare --batch_size=2 --seq_length=8 --num_warmup=0 --num_iters=1",
 }
 LINES = {"train.txt": 40, "validation.txt": 8}  # of the corpus
 ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
@@ -331,7 +332,7 @@ def test_json_of_the_command():
 def fields(script: str) -> list[tuple[str, list]]:
     """Groups of settings of a script, by their title in --help."""
     module = importlib.import_module(script)
-    names = ("ModelArguments", "DataTrainingArguments", "TrainingArguments")
+    names = ("ModelArguments", "DataTrainingArguments", "TrainingArguments", "BenchmarkArguments")
     classes = [getattr(module, name) for name in names if hasattr(module, name)]
     return [(one._argument_group_name, list(dataclasses.fields(one))) for one in classes]
 

@@ -61,7 +61,9 @@ SHELL = {
     "tensorboard --logdir": "tensorboard --inspect --logdir",  # lists what is there, and ends
     "127.0.0.1:12321": None,  # a port that is free
     "--vocab_size 32000": "--vocab_size 500",
+    "run_bert_flax.py": "run_bert_flax.py --batch_size=2 --seq_length=8 --num_warmup=0 --num_iters=1",
 }
+ADDED = ("inspect", "dry", "directory", "batch_size", "seq_length", "num_warmup", "num_iters")  # flags in these
 LINES = {"train.txt": 40, "validation.txt": 8}  # of the corpus
 ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
 
@@ -282,7 +284,7 @@ def test_scaling_changes_values_only():
     for block in BLOCKS:
         if block.language == "sh":
             before, after = (re.findall(flags, code) for code in (block.code, scaled_shell(block.code)))
-            after = [pair for pair in after if pair[0] not in ("inspect", "dry", "directory")]
+            after = [pair for pair in after if pair[0] not in ADDED]
             assert [name for name, _ in before] == [name for name, _ in after]
             changed = {name for (name, old), (_, new) in zip(before, after, strict=True) if old != new}
             assert changed <= set(FLAGS)
@@ -331,7 +333,7 @@ def test_json_of_the_command():
 def fields(script: str) -> list[tuple[str, list]]:
     """Groups of settings of a script, by their title in --help."""
     module = importlib.import_module(script)
-    names = ("ModelArguments", "DataTrainingArguments", "TrainingArguments")
+    names = ("ModelArguments", "DataTrainingArguments", "TrainingArguments", "BenchmarkArguments")
     classes = [getattr(module, name) for name in names if hasattr(module, name)]
     return [(one._argument_group_name, list(dataclasses.fields(one))) for one in classes]
 

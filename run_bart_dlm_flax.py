@@ -246,7 +246,7 @@ class FlaxDataCollatorForBartDenoisingLM:
 def recompute_blocks():
     """Interceptor (`flax.linen.intercept_methods`) that keeps the input of each block of layers, no activations, and
     computes those again in the backward pass. In Transformers the modules that are named by a number are the blocks;
-    few of the causal models know gradient checkpointing themselves."""
+    few of these models know gradient checkpointing themselves."""
     inside = set()
     def interceptor(next_function, args, kwargs, context):
         path = context.module.path

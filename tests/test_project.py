@@ -119,7 +119,8 @@ def test_script_is_executable(script):
 def test_script_is_short(script):
     source = script.read_text()
     assert len(source.splitlines()) < 700
-    (main,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    main = functions.get("main") or functions["run"]  # what only measures is no copy of the others' main
     assert main.end_lineno - main.lineno + 1 <= 100
 
 

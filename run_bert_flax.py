@@ -77,8 +77,8 @@ def subprogram(equation):
 
 def accumulate_in_float32(function):
     """`function` with the products of bfloat16 operands accumulated in float32 and rounded to bfloat16 after that,
-    those of attention as well as those of layers. XLA for CPUs has a fast path for such products, and none for those
-    whose result is bfloat16 at once, which Flax asks for (jax 0.6 to 0.10)."""
+    those of attention as well as those of layers. For such products XLA has a fast path on CPUs with jax 0.10 (not
+    with 0.6), and none for those whose result is bfloat16 at once, which Flax asks for."""
     def evaluate(program, consts, inputs):
         values = dict(zip((*program.constvars, *program.invars), (*consts, *inputs), strict=True))
         read = lambda x: x.val if isinstance(x, Constant) else values[x]  # noqa: E731

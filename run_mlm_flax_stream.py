@@ -315,7 +315,7 @@ class BlockStream:
                 position |= {"used": 0, "seen": min(position["seen"] + len(found), limit)}
                 if position["seen"] == limit:
                     break
-            found = f"{self.source} has {position['seen']:,} blocks of {self.length} tokens and {len(after)} more"
+            found = f"{self.source} has {position['seen']:,} blocks of {self.length} tokens, {len(after)} more"
             require(position["seen"] >= batch_size, f"too little training data: {found}; a batch takes {batch_size}")
             logger.info(f"Epoch {position['epoch'] + 1} of the stream ends; the next is shuffled in another way.")
             after = [] if position["seen"] == limit else after.tolist()

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from training_scripts import SCRIPTS, Script
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `import quickstart` and the scripts
@@ -22,11 +23,18 @@ os.environ.update(
     XLA_FLAGS="--xla_force_host_platform_device_count=8",
     JAX_COMPILATION_CACHE_DIR=str(CACHE / "jax"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiling takes half the time; tests of what optimization may change undo it
     HF_HOME=str(CACHE / "huggingface"),
     HF_DATASETS_CACHE=str(CACHE / "huggingface" / "datasets"),
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=str)
+def script(request) -> Script:
+    """Each of the training scripts."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

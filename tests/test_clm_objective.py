@@ -14,6 +14,7 @@ from transformers import (
     CONFIG_MAPPING,
     FLAX_MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoTokenizer,
+    FlaxAutoModelForCausalLM,
     GPT2Config,
     PreTrainedTokenizerFast,
 )
@@ -80,31 +81,33 @@ FAMILIES = {
     "xlm-roberta": ENCODER,
 }  # fmt: skip
 ALWAYS_UNTIED = ("gptj", "llama", "mistral")  # in Flax; a tied GPT-J cannot even be made, its head has a bias
-PARAMS = [f"{family}{tied}" for family in sorted(FAMILIES) for tied in ("", " tied")]
-PARAMS = [param for param in PARAMS if param not in {f"{family} tied" for family in ALWAYS_UNTIED}]
 KEY = jax.random.key(0, impl="rbg")  # dropout is zero: the key is used and changes nothing
 
 
-@pytest.fixture(scope="module", params=PARAMS)
-def model_and_params(request, tmp_path_factory):
-    """As the script makes them from a configuration, and with every parameter drawn at random."""
-    family, _, tied = request.param.partition(" ")
-    settings = {"vocab_size": VOCAB_SIZE, "pad_token_id": 1, "tie_word_embeddings": bool(tied), **FAMILIES[family]}
-    return make_model(family, tmp_path_factory.mktemp("model"), **settings)
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> str:
+    return request.param
 
 
-def make_model(family: str, directory: Path, **settings):
+@pytest.fixture(scope="module")
+def model_and_params(family, tmp_path_factory):
+    return make_model(family, tmp_path_factory.mktemp("model"))
+
+
+def make_model(family: str, directory: Path, tied: bool = False):
+    """As the script makes it from a configuration, but with every parameter drawn at random. In these tests models run
+    without jit: what is compiled then are single operations, most of which the families have in common."""
     from training_scripts import word_tokenizer
 
+    settings = {"vocab_size": VOCAB_SIZE, "pad_token_id": 1, "tie_word_embeddings": tied, **FAMILIES[family]}
     CONFIG_MAPPING[family](**settings).save_pretrained(directory)
     word_tokenizer(directory)
     flags = [f"--config_name={directory}", f"--tokenizer_name={directory}", "--output_dir=none", "--train_file=none"]
     args = clm.parse_args(flags)
     config, _, _ = clm.load_config_and_tokenizer(args)
-    model, params = clm.load_model(args, config)
-    rng = np.random.default_rng(0)
+    model, rng = FlaxAutoModelForCausalLM.from_config(config, _do_init=False), np.random.default_rng(0)
     draw = lambda path, x: (path[-1] == "scale") + 0.2 * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
-    return model, unflatten_dict({path: draw(path, x) for path, x in flatten_dict(params).items()})
+    return model, unflatten_dict({path: draw(path, x) for path, x in flatten_dict(model.params_shape_tree).items()})
 
 
 def apply(model, params, input_ids):
@@ -114,13 +117,10 @@ def apply(model, params, input_ids):
 
 def full_loss(params, batch, model):
     """Logits of every position, softmax over all of them, the label of a position is the next token."""
-    log_probabilities = jax.nn.log_softmax(apply(model, params, batch["input_ids"]).astype(jnp.float32))
-    total, count = 0.0, 0
-    for position in range(batch["input_ids"].shape[1] - 1):
-        label = batch["labels"][:, position + 1]
-        picked = jnp.take_along_axis(log_probabilities[:, position], jnp.maximum(label, 0)[:, None], axis=1)[:, 0]
-        total, count = total - jnp.where(label == -100, 0, picked).sum(), count + (label != -100).sum()
-    return total, count
+    log_probabilities = jax.nn.log_softmax(apply(model, params, batch["input_ids"]).astype(jnp.float32))[:, :-1]
+    labels = batch["labels"][:, 1:]
+    picked = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[:, :, None], axis=2)[:, :, 0]
+    return -jnp.where(labels == -100, 0, picked).sum(), (labels != -100).sum()
 
 
 def make_batch(rows: int = BATCH, length: int = LENGTH, without: int | None = None):
@@ -136,20 +136,12 @@ def test_every_family_is_tested():
     assert set(FAMILIES) == {config.model_type for config in FLAX_MODEL_FOR_CAUSAL_LM_MAPPING}
 
 
-def test_loss_and_gradients_equal_the_full_computation(model_and_params):
+def check_loss_and_gradients(model, params, checkpointing: tuple[bool, ...]):
     """With a row that fills up a partial batch, and a length that no number of pieces divides."""
-    model, params = model_and_params
-
-    @jax.jit
-    def all_of_them(params, batch):
-        pieces = [
-            jax.value_and_grad(clm.loss_sums, has_aux=True)(params, batch, model, checkpointing, KEY)
-            for checkpointing in (False, True)
-        ]
-        return pieces, jax.value_and_grad(full_loss, has_aux=True)(params, batch, model)
-
     batch = make_batch(length=29, without=1)
-    pieces, ((expected, predicted), expected_grads) = all_of_them(params, batch)
+    (expected, predicted), expected_grads = jax.value_and_grad(full_loss, has_aux=True)(params, batch, model)
+    gradients = jax.value_and_grad(clm.loss_sums, has_aux=True)
+    pieces = [gradients(params, batch, model, remat, KEY) for remat in checkpointing]
     assert predicted == (batch["labels"][:, 1:] != -100).sum()
     expected_grads = flatten_dict(expected_grads)
     largest = max(float(jnp.abs(x).max()) for x in expected_grads.values())
@@ -165,14 +157,22 @@ def test_loss_and_gradients_equal_the_full_computation(model_and_params):
             np.testing.assert_allclose(grads[path], value, rtol=1e-5, atol=2e-6 * largest, err_msg=str(path))
 
 
+def test_loss_and_gradients_equal_the_full_computation(model_and_params):
+    check_loss_and_gradients(*model_and_params, checkpointing=(False, True))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(ALWAYS_UNTIED)))
+def test_the_same_with_tied_embeddings(family, tmp_path):
+    check_loss_and_gradients(*make_model(family, tmp_path, tied=True), checkpointing=(False,))
+
+
 def test_no_token_sees_the_next_one(model_and_params):
     """Of the logits, those before a changed token stay as they are: a leak would be a loss of zero before long."""
     model, params = model_and_params
-    input_ids = make_batch()["input_ids"]
+    input_ids = make_batch(length=29)["input_ids"]
     changed = input_ids.copy()
     changed[:, 20] = 5 + changed[:, 20] % 7
-    logits = jax.jit(lambda params, ids: apply(model, params, ids))
-    before, after = logits(params, input_ids), logits(params, changed)
+    before, after = apply(model, params, input_ids), apply(model, params, changed)
     np.testing.assert_allclose(before[:, :20], after[:, :20], rtol=1e-5, atol=1e-5)
     assert (np.abs(before[:, 20:] - after[:, 20:]).max(axis=-1) > 1e-3).any(axis=-1).all()
 

@@ -1,4 +1,7 @@
-"""The same training on one device, on eight, and on two processes with four devices each."""
+"""The same training on one device, on eight, and on two processes with four devices each.
+
+How processes stop and resume together is in what the scripts have word for word in common: the template shows it.
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_scripts import SCRIPTS, Place, checkpoints
+from training_scripts import Place, checkpoints, template_alone
 
 STEPS = 30
 TRAINING = {"max_steps": STEPS, "save_steps": 3, "save_total_limit": 20, "logging_steps": 1, "eval_steps": 20}
@@ -54,9 +57,9 @@ def finish_cluster(place: Place, output_dir: str, **flags) -> Path:
     return place.directory / output_dir
 
 
-@pytest.fixture(scope="module", params=SCRIPTS, ids=str)
-def place(request, tmp_path_factory) -> Place:
-    return Place(request.param, tmp_path_factory.mktemp("hosts"), dropout=False)
+@pytest.fixture(scope="module")
+def place(script, tmp_path_factory) -> Place:
+    return Place(script, tmp_path_factory.mktemp("hosts"), dropout=False)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,7 @@ def test_accumulation_is_as_a_larger_batch(place, one_device):
     check_same(place.directory / "accumulated", one_device)
 
 
+@template_alone
 def test_the_comparison_can_fail(place, one_device):
     batches = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}
     run = place.run("other", **{**TRAINING, "max_steps": 3}, **batches, devices=1)
@@ -103,6 +107,7 @@ def test_the_comparison_can_fail(place, one_device):
     assert any(abs(other[step] - one[step]) > 1e-3 for step in other)
 
 
+@template_alone
 def test_stopped_and_killed_processes_resume(place, two_processes):
     """SIGTERM to the second process alone stops both at one step; then SIGKILL in a save; then on to the end."""
     output_dir = place.directory / "resumed"
@@ -133,6 +138,7 @@ def test_stopped_and_killed_processes_resume(place, two_processes):
     assert sorted(os.listdir(output_dir / "checkpoints")) == sorted(map(str, checkpoints(output_dir)))
 
 
+@template_alone
 def test_an_error_of_one_process_ends_both(place):
     """Only the first sees that output_dir is a file; the second must not wait for it for ever."""
     (place.directory / "a_file").write_text("mine")

@@ -32,7 +32,7 @@ DEFAULTS = {
 TINY = {
     "vocab_size": 101,
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 37,
     "max_position_embeddings": 40,

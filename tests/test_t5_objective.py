@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from test_mlm_objective import assert_uniform
 from transformers import CONFIG_MAPPING, FlaxAutoModelForSeq2SeqLM
 
@@ -311,17 +311,22 @@ def test_loss_is_the_mean_over_the_targets(family):
     _, model, params = make_model(family)
     batch = model_batch()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    logits = np.asarray(jax.jit(lambda params: model(**inputs, params=params).logits)(params), np.float64)
+    key = jax.random.key(0, impl="rbg")  # dropout is zero: the key is used and changes nothing
+
+    @jax.jit
+    def all_of_them(params):
+        grads, _ = jax.grad(t5.loss_sums, has_aux=True)(params, batch, model, key)
+        return model(**inputs, params=params).logits, t5.loss_sums(params, batch, model), grads
+
+    logits, (loss, sums), grads = all_of_them(params)
+    logits = np.asarray(logits, np.float64)
     expected, right = 0.0, 0
     for row in range(2):
         for position, label in enumerate(np.asarray(batch["labels"])[row]):
             expected += np.log(np.exp(logits[row, position]).sum()) - logits[row, position, label]
             right += logits[row, position].argmax() == label
-    loss, sums = jax.jit(lambda params: t5.loss_sums(params, batch, model))(params)
     assert loss == sums["loss"] == pytest.approx(expected, rel=1e-5)
     assert (sums["predicted"], sums["accuracy"]) == (18, right)
-    key = jax.random.key(0, impl="rbg")  # dropout is zero: the key is used and changes nothing
-    grads, _ = jax.jit(jax.grad(lambda params: t5.loss_sums(params, batch, model, key), has_aux=True))(params)
     assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(grads))
 
 
@@ -369,18 +374,6 @@ def test_clip_is_mended(family):
     for both in (True, False):
         found = attention._relative_position_bucket(jnp.asarray(distances), bidirectional=both)
         assert found.tolist() == [bucket(x, both) for x in distances.tolist()]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pytorch_layout_is_read_by_flax(tmp_path, family):
-    config, _, params = make_model(family)
-    config.save_pretrained(tmp_path)
-    arrays = t5.to_pytorch(params)
-    save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = flatten_dict(FlaxAutoModelForSeq2SeqLM.from_pretrained(tmp_path).params)
-    assert loaded.keys() == flatten_dict(params).keys()
-    for path, x in flatten_dict(params).items():
-        np.testing.assert_array_equal(loaded[path], x, err_msg=str(path))
 
 
 # ----------------------------------------------------------------------------------------------- the silent clamp

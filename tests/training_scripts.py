@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_WORDS = 60
 LENGTH = 32
@@ -219,11 +221,16 @@ SCRIPTS = [
 ]
 
 
+TEMPLATE = SCRIPTS[0]
+# For tests of what the scripts have word for word in common, as test_copies.py makes sure.
+template_alone = pytest.mark.parametrize("script", [TEMPLATE], ids=str, indirect=True)
+
+
 class Place:
     """A folder with all that a run needs, and the runs in it."""
 
-    def __init__(self, script: Script, directory: Path, dropout: bool = True):
-        self.script, self.directory = script, directory
+    def __init__(self, script: Script, directory: Path, dropout: bool = True, **forking):
+        self.script, self.directory, self.forking = script, directory, forking
         self.model = directory / "start"
         script.write_model(self.model, **({} if dropout else dict.fromkeys(script.no_dropout, 0.0)))
         self.train_file = write_text(directory / "train.txt", 400, seed=1)
@@ -252,7 +259,7 @@ class Place:
 
     def start(self, output_dir, **options) -> "Run":
         """A run in the background, with flags, and with options of `ForkServer.start`."""
-        forking = {name: options.pop(name) for name in FORKING & options.keys()}
+        forking = self.forking | {name: options.pop(name) for name in FORKING & options.keys()}
         return server(self.script).start(self.flags(output_dir, **options), self.directory, **forking)
 
     def start_argv(self, argv: list[str]) -> "Run":
@@ -281,7 +288,7 @@ def snapshot(directory: Path) -> dict:
 
 # ---------------------------------------------------------------------------------------------------- fork server
 
-FORKING = {"devices", "env", "kill_at", "kill_with", "compiles", "file_limit"}
+FORKING = {"devices", "env", "kill_at", "kill_with", "compiles", "file_limit", "optimized"}
 
 
 class Run:
@@ -343,14 +350,16 @@ class ForkServer:
             return json.loads(self.process.stdout.readline())
 
     def start(
-        self, argv, cwd, devices=2, env=None, kill_at=(), kill_with=signal.SIGKILL, compiles=None, file_limit=None
-    ) -> Run:
+        self, argv, cwd, devices=2, env=None, kill_at=(), kill_with=signal.SIGKILL, compiles=None, file_limit=None,
+        optimized=False,
+    ) -> Run:  # fmt: skip
         """Forks a child that runs `cli(argv)` on `devices` virtual CPU devices.
 
         `kill_at` is a list of regular expressions for file operations of Python, "open PATH", "mkdir PATH", "remove
         PATH", "rmdir PATH", "rename PATH PATH": when they have matched one after the other, the child sends itself
         `kill_with` before the last one is done. `compiles` is a file to write the names of the compiled functions to.
-        `file_limit` is the largest size in bytes of a file that it may write.
+        `file_limit` is the largest size in bytes of a file that it may write. `optimized` programs take twice as long
+        to compile.
         """
         self.count += 1
         streams = self.directory / f"run-{self.count}"
@@ -363,6 +372,7 @@ class ForkServer:
             "kill_with": int(kill_with),
             "compiles": compiles and str(compiles),
             "file_limit": file_limit,
+            "optimized": optimized,
         }
         return Run(self, self.ask(**request), streams)
 
@@ -456,6 +466,8 @@ def serve(path: str, modules: list[str]):
         kill_self_at(request["kill_at"], request["kill_with"])
     if request["compiles"]:
         record_compiles(request["compiles"])
+    if request["optimized"]:
+        sys.modules["jax"].config.update("jax_disable_most_optimizations", False)
     sys.argv = [path, *request["argv"]]
     sys.exit(script.cli(request["argv"]))
 

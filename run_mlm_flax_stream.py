@@ -282,7 +282,7 @@ class BlockStream:
         dataset.load_state_dict(state)
         rows = islice(dataset, 0 if state else skip, None)
         def encode():
-            texts = [row[self.column] for row in islice(rows, 256)]
+            texts = [row[self.column] for row in islice(rows, 64)]
             filled = [text for text in texts if text and text.strip()]
             encoded = self.tokenizer(filled, return_attention_mask=False, verbose=False).input_ids if filled else []
             return len(texts), np.concatenate([carried, *(np.array(ids, np.int32) for ids in encoded)])

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_scripts import Place, checkpoints, template_alone
+from training_scripts import SCRIPTS, Place, checkpoints, template_alone
 
 STEPS = 30
 TRAINING = {"max_steps": STEPS, "save_steps": 3, "save_total_limit": 20, "logging_steps": 1, "eval_steps": 20}
@@ -87,6 +87,7 @@ def test_eight_devices_are_as_one(place, one_device):
     check_same(place.directory / "eight_devices", one_device)
 
 
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if not script.is_stream], ids=str, indirect=True)
 def test_two_processes_are_as_one(two_processes, one_device):
     check_same(two_processes, one_device)
 

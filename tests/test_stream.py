@@ -399,41 +399,28 @@ def test_another_stream_is_not_resumed(place, undisturbed, changes):
     assert "checkpoints/40" in line
 
 
-def test_two_processes(place, undisturbed):
+def test_two_processes(place):
     """Each goes on where it stood; the evaluation is that of one process; one process alone does not go on."""
-    flags = {
-        **TRAINING,
-        "dataset_name": "folder",
-        "eval_steps": 20,
-        "num_train_steps": 30,
-        "max_steps": -1,
-        "save_steps": 5,
-    }
-    output_dir = finish_cluster(place, "two", **flags)
-    runs = start_cluster(
-        place,
-        "two_killed",
-        first={"kill_at": [r"^rename .*/checkpoints/15$"]}.items(),
-        **flags,
-    )
+    changes = {"dataset_name": "folder", "num_train_steps": 12, "max_steps": -1, "eval_steps": None, "devices": 1}
+    flags = {**TRAINING, **changes}
+    whole = finish_cluster(place, "two", **flags)
+    runs = start_cluster(place, "two_killed", first={"kill_at": [r"^rename .*/checkpoints/9$"]}.items(), **flags)
     runs[0].wait()
     runs[1].kill()
     killed = place.directory / "two_killed"
-    assert (runs[0].returncode, checkpoints(killed)[-1]) == (137, 10)
-    positions = json.loads((killed / "checkpoints" / "10" / "run" / "metadata").read_text())["stream"]
-    assert len(positions) == 2
-    assert finish_cluster(place, "two_killed", **flags) == killed
-    check_same(killed, output_dir)
-    assert losses(killed)[30] == losses(output_dir)[30]
-
-    run = place.run("two_killed", **{**flags, **ONE_EACH}, devices=8)
+    assert (runs[0].returncode, checkpoints(killed)[-1]) == (137, 6)
+    run = place.run("two_killed", **{**flags, **ONE_EACH, "devices": 2})
     assert run.returncode == 1
     (line,) = run.lines
     assert "number of processes is 2, here 1" in line
-    before = json.loads((output_dir / "eval_results.json").read_text())
-    run = place.run("two", **{**flags, **ONE_EACH}, do_eval=True, devices=8)
+    assert finish_cluster(place, "two_killed", **flags) == killed
+    check_same(killed, whole)
+    assert losses(killed)[12] == losses(whole)[12]
+
+    before = json.loads((whole / "eval_results.json").read_text())
+    run = place.run("two", **{**flags, **ONE_EACH, "devices": 2}, do_eval=True)
     assert run.returncode == 0, run.stderr
-    assert json.loads((output_dir / "eval_results.json").read_text()) == pytest.approx(before, rel=1e-5)
+    assert json.loads((whole / "eval_results.json").read_text()) == pytest.approx(before, rel=1e-5)
 
 
 NOT_OF_A_STREAM = ["num_train_epochs=3", "validation_split_percentage=5", "line_by_line", "pad_to_max_length"]

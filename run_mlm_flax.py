@@ -373,9 +373,9 @@ def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
         rows[rows >= num_rows] = -1
         yield make_batch(sequences, rows, collator, (seed, 2), start, (per_device_batch_size,))
 
-def prefetch(batches, size: int = 2):
-    """`batches` on the devices, made in a background thread up to `size` ahead of their use."""
-    batches = map(shard, batches)
+def prefetch(batches, size: int = 2, transform=None):
+    """`batches`, on the devices unless `transform` is given, made in a background thread up to `size` ahead of use."""
+    batches = map(transform or shard, batches)
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(next, batches, None) for _ in range(size)]
         while (batch := pending.pop(0).result()) is not None:

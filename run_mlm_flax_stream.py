@@ -308,7 +308,8 @@ class BlockStream:
         skip = len(range(rank, sum(taken), count)) if len(taken) % count else sum(taken[rank::count])
         while True:
             opening = np.array([*position["carried"], *(() if position["state"] or rank else rest)], np.int32)
-            for state, carried, _, found, after in self.read(dataset, position["state"], opening, skip):  # noqa: B007
+            parts = prefetch(self.read(dataset, position["state"], opening, skip), transform=tuple)  # as they are
+            for state, carried, _, found, after in parts:  # noqa: B007
                 position |= {"state": state, "carried": carried.tolist()} if state else {}
                 for index in range(position["used"], min(len(found), limit - position["seen"])):
                     yield {**position, "used": index}, found[index]
@@ -322,7 +323,7 @@ class BlockStream:
             position = {"epoch": position["epoch"] + 1, "state": None, "carried": after, "used": 0, "seen": 0}
 
 def shuffle(blocks, size: int, seed: int):
-    """Each `size` blocks of an epoch in random order: the position after one, `offset` blocks further, and the block."""
+    """Each `size` blocks of an epoch in random order: the position after, `offset` blocks further, and the block."""
     for epoch, group in groupby(blocks, key=lambda item: item[0]["epoch"]):
         while window := list(islice(group, size)):
             start = window[0][0]
@@ -355,9 +356,9 @@ def eval_batches(blocks, collator, seed: int, per_device_batch_size: int):
         batch["labels"].reshape(size, -1)[rows >= len(blocks)] = IGNORE
         yield batch
 
-def prefetch(batches, size: int = 2):
-    """`batches` on the devices, made in a background thread up to `size` ahead of their use."""
-    batches = map(shard, batches)
+def prefetch(batches, size: int = 2, transform=None):
+    """`batches`, on the devices unless `transform` is given, made in a background thread up to `size` ahead of use."""
+    batches = map(transform or shard, batches)
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(next, batches, None) for _ in range(size)]
         while (batch := pending.pop(0).result()) is not None:
@@ -665,10 +666,9 @@ def main(args) -> int:
                     break
                 if args.do_eval and args.eval_steps and step % args.eval_steps == 0 and not last:
                     log.scalars(evaluation(state.params), step)
-            error = after.get("error")
+            error = after.get("error")  # the stream broke off; or no step was left, but the export may be missing
             require(not error or jax.process_count() == 1, error)  # the other processes wait, and end with this one
-            last or log.flush(schedule)  # the stream broke off; or no step was left, but the export may be missing
-            last or (saver and saver.save(state, step, last=True, stream=[place] if error else places))
+            last or (log.flush(schedule), saver and saver.save(state, step, True, stream=[place] if error else places))
             saver and explain(f"{output_dir}: the last save failed, those before are whole", saver.saving.result)
             require(not error, f"{error}; step {step} is saved, and the same command goes on from there")
         saver and log.results and write_results(output_dir, log.results, "train")

@@ -318,7 +318,7 @@ class BlockStream:
                     break
             found = f"{self.source} has {position['seen']:,} blocks of {self.length} tokens, {len(after)} more"
             require(position["seen"] >= batch_size, f"too little training data: {found}; a batch takes {batch_size}")
-            logger.info(f"Epoch {position['epoch'] + 1} of the stream ends; the next is shuffled in another way.")
+            logger.info(f"Epoch {position['epoch'] + 1} is read, {position['seen']:,} blocks; the next is reshuffled.")
             after = [] if position["seen"] == limit else after.tolist()
             position = {"epoch": position["epoch"] + 1, "state": None, "carried": after, "used": 0, "seen": 0}
 

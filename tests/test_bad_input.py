@@ -21,7 +21,6 @@ from safetensors.numpy import load_file
 from training_scripts import (
     LENGTH,
     NUM_WORDS,
-    SCRIPTS,
     TEMPLATE,
     Place,
     Script,
@@ -189,14 +188,12 @@ MADE_UP = {"no_such_flag", "train_fil", "tokne"}
 
 def each_case(cases, applies=lambda script, case: True):
     """Each script with each case whose flags it has."""
-    pairs = [(script, case) for script in SCRIPTS for case in cases if applies(script, case)]
-    known = lambda script, case: flags_of_case(cases, case) - MADE_UP <= flags_of(script)  # noqa: E731
-    params = [pytest.param(script, case, id=f"{script}-{case}") for script, case in pairs if known(script, case)]
-    return pytest.mark.parametrize(("script", "case"), params, indirect=["script"])
 
+    def runs(script, case):
+        flags = {case} if cases is NUMBERS else set(cases[case][0])
+        return flags - MADE_UP <= flags_of(script) and applies(script, case)
 
-def flags_of_case(cases, case) -> set[str]:
-    return {case} if cases is NUMBERS else set(cases[case][0])
+    return lambda test: pytest.mark.only_where.with_args(runs)(pytest.mark.parametrize("case", cases)(test))
 
 
 @pytest.fixture

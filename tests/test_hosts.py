@@ -11,11 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
-from training_scripts import SCRIPTS, Place, checkpoints, template_alone
+from training_scripts import SCRIPTS, TEMPLATE, Place, checkpoints, template_alone
 
-STEPS = 30
+STEPS, FEWER_STEPS = 30, 12
 TRAINING = {"max_steps": STEPS, "save_steps": 3, "save_total_limit": 20, "logging_steps": 1, "eval_steps": 20}
-ONE_EACH = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+ONE_DEVICE = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 5}
+EIGHT_DEVICES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 1}
+
+
+def training(place: Place) -> dict:
+    """Of the other scripts no run is resumed here."""
+    fewer = {"max_steps": FEWER_STEPS, "save_steps": FEWER_STEPS, "eval_steps": FEWER_STEPS // 2}
+    return TRAINING if place.script is TEMPLATE else {**TRAINING, **fewer}
 
 
 def losses(output_dir: Path) -> dict[int, float]:
@@ -42,7 +49,7 @@ def start_cluster(place: Place, output_dir: str, first=(), **flags):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    options = {**TRAINING, **ONE_EACH, "distributed": True, "devices": 4, **flags}
+    options = {**training(place), **EIGHT_DEVICES, "distributed": True, "devices": 4, **flags}
     return [
         place.start(folder, **options, env={**cluster, "JAX_PROCESS_ID": str(i)}, **(dict(first) if i == 0 else {}))
         for i, folder in enumerate((output_dir, f"{output_dir}-of-the-second"))
@@ -64,10 +71,9 @@ def place(script, tmp_path_factory) -> Place:
 
 @pytest.fixture(scope="module")
 def one_device(place) -> Path:
-    batches = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
-    run = place.run("one_device", **TRAINING, **batches, devices=1)
+    run = place.run("one_device", **training(place), **ONE_DEVICE, devices=1)
     assert (run.returncode, run.lines) == (0, [])
-    assert len(losses(place.directory / "one_device")) == STEPS
+    assert len(losses(place.directory / "one_device")) == training(place)["max_steps"]
     return place.directory / "one_device"
 
 
@@ -81,8 +87,8 @@ def check_same(a: Path, b: Path):
     assert evaluation(a) == pytest.approx(evaluation(b), rel=1e-4)
 
 
-def test_eight_devices_are_as_one(place, one_device):
-    run = place.run("eight_devices", **TRAINING, **ONE_EACH, devices=8)
+def test_eight_devices_with_accumulation_are_as_one(place, one_device):
+    run = place.run("eight_devices", **training(place), **EIGHT_DEVICES, devices=8)
     assert (run.returncode, run.lines) == (0, [])
     check_same(place.directory / "eight_devices", one_device)
 
@@ -92,8 +98,9 @@ def test_two_processes_are_as_one(two_processes, one_device):
     check_same(two_processes, one_device)
 
 
+@template_alone
 def test_accumulation_is_as_a_larger_batch(place, one_device):
-    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 3}
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 3}
     run = place.run("accumulated", **TRAINING, **batches, devices=2)
     assert (run.returncode, run.lines) == (0, [])
     check_same(place.directory / "accumulated", one_device)
@@ -101,8 +108,7 @@ def test_accumulation_is_as_a_larger_batch(place, one_device):
 
 @template_alone
 def test_the_comparison_can_fail(place, one_device):
-    batches = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}
-    run = place.run("other", **{**TRAINING, "max_steps": 3}, **batches, devices=1)
+    run = place.run("other", **{**TRAINING, **ONE_DEVICE, "max_steps": 3, "per_device_train_batch_size": 8}, devices=1)
     assert run.returncode == 0
     other, one = losses(place.directory / "other"), losses(one_device)
     assert any(abs(other[step] - one[step]) > 1e-3 for step in other)

@@ -41,7 +41,7 @@ quickstart: $(INSTALLED)
 	@$(VENV)/bin/python quickstart.py --directory $(QUICKSTART)
 
 test: $(INSTALLED_DEV)
-	$(VENV)/bin/python -m pytest -q --durations=10
+	$(VENV)/bin/python -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile
 
 lint: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m ruff check .

@@ -340,9 +340,9 @@ def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
         rows[rows >= num_rows] = -1
         yield make_batch(sequences, rows, collator, (seed, 2), start, (per_device_batch_size,))
 
-def prefetch(batches, size: int = 2):
-    """`batches` on the devices, made in a background thread up to `size` ahead of their use."""
-    batches = map(shard, batches)
+def prefetch(batches, size: int = 2, transform=None):
+    """`batches`, on the devices unless `transform` is given, made in a background thread up to `size` ahead of use."""
+    batches = map(transform or shard, batches)
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(next, batches, None) for _ in range(size)]
         while (batch := pending.pop(0).result()) is not None:
@@ -496,15 +496,15 @@ class Saver(ThreadPoolExecutor):
         options = CheckpointOptions(max_to_keep=args.save_total_limit, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(checkpoints, options=options)
         [self.manager.delete(later) for later in self.manager.all_steps() if later > step]
-    def save(self, state, step: int, last: bool):
-        """Returns as soon as `state` is copied from the device and the save before is written."""
+    def save(self, state, step: int, last: bool, **more):
+        """Returns as soon as `state` is copied from the device and the save before is written; `more` goes along."""
         state = jax.tree.map(lambda x: x.addressable_shards[0].data, state)  # without the program that x[0] runs
         jax.tree.map(lambda x: x.copy_to_host_async(), state)  # all transfers at once
         state = jax.tree.map(lambda x: np.array(x)[0, ...], state)
         self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
-        self.saving = self.submit(self.write, state, step, last)
-    def write(self, state, step: int, last: bool):
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(self.run))
+        self.saving = self.submit(self.write, state, step, last, {**self.run, **more})
+    def write(self, state, step: int, last: bool, run: dict):
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         step in self.manager.all_steps() or self.manager.save(step, args=items)
         if self.uploading and not self.uploading.done() and not last:
             return  # no file may change during an upload; a later save exports

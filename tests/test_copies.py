@@ -52,7 +52,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("name", ["InputError", "TrainingArguments", "Saver", "prefetch", "make_optimizer"])
+@pytest.mark.parametrize("name", ["InputError", "TrainingLog", "Saver", "prefetch", "make_optimizer"])
 def test_a_changed_copy_is_found_and_fixed(root, name, edit):
     for path in [path for path in copies.scripts(root)[1:] if name in copies.definitions(path.read_text("utf-8"))]:
         before = change(path, name, EDITS[edit])

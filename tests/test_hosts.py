@@ -11,12 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
-from training_scripts import Place, checkpoints, template_alone
+from training_scripts import SCRIPTS, TEMPLATE, Place, checkpoints, template_alone
 
-STEPS = 30
+STEPS, FEWER_STEPS = 30, 12
 TRAINING = {"max_steps": STEPS, "save_steps": 3, "save_total_limit": 20, "logging_steps": 1, "eval_steps": 20}
-ONE_DEVICE = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 5, "save_steps": STEPS}
+ONE_DEVICE = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 5}
 EIGHT_DEVICES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 1}
+
+
+def training(place: Place) -> dict:
+    """Of the other scripts no run is resumed here."""
+    fewer = {"max_steps": FEWER_STEPS, "save_steps": FEWER_STEPS, "eval_steps": FEWER_STEPS // 2}
+    return TRAINING if place.script is TEMPLATE else {**TRAINING, **fewer}
 
 
 def losses(output_dir: Path) -> dict[int, float]:
@@ -43,7 +49,7 @@ def start_cluster(place: Place, output_dir: str, first=(), **flags):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    options = {**TRAINING, **EIGHT_DEVICES, "distributed": True, "devices": 4, **flags}
+    options = {**training(place), **EIGHT_DEVICES, "distributed": True, "devices": 4, **flags}
     return [
         place.start(folder, **options, env={**cluster, "JAX_PROCESS_ID": str(i)}, **(dict(first) if i == 0 else {}))
         for i, folder in enumerate((output_dir, f"{output_dir}-of-the-second"))
@@ -65,9 +71,9 @@ def place(script, tmp_path_factory) -> Place:
 
 @pytest.fixture(scope="module")
 def one_device(place) -> Path:
-    run = place.run("one_device", **{**TRAINING, **ONE_DEVICE}, devices=1)
+    run = place.run("one_device", **training(place), **ONE_DEVICE, devices=1)
     assert (run.returncode, run.lines) == (0, [])
-    assert len(losses(place.directory / "one_device")) == STEPS
+    assert len(losses(place.directory / "one_device")) == training(place)["max_steps"]
     return place.directory / "one_device"
 
 
@@ -82,11 +88,12 @@ def check_same(a: Path, b: Path):
 
 
 def test_eight_devices_with_accumulation_are_as_one(place, one_device):
-    run = place.run("eight_devices", **TRAINING, **EIGHT_DEVICES, devices=8)
+    run = place.run("eight_devices", **training(place), **EIGHT_DEVICES, devices=8)
     assert (run.returncode, run.lines) == (0, [])
     check_same(place.directory / "eight_devices", one_device)
 
 
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if not script.is_stream], ids=str, indirect=True)
 def test_two_processes_are_as_one(two_processes, one_device):
     check_same(two_processes, one_device)
 

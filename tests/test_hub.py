@@ -45,7 +45,12 @@ def train(run_script, script, start, tmp_path):
         command = [script.name, "--push_to_hub", f"--output_dir={tmp_path / 'my-model'}", f"--config_name={start}"]
         train_file = write_text(tmp_path / "train.txt", 400, seed=1)
         command += [f"--tokenizer_name={start}", f"--train_file={train_file}", f"--{script.length_flag}=32"]
-        command += ["--per_device_train_batch_size=4", "--max_train_samples=64", "--max_eval_samples=16"]
+        command += [
+            "--per_device_train_batch_size=4",
+            "--max_train_samples=64",
+            "--max_eval_samples=16",
+            *script.flags,
+        ]
         command += [f"--max_steps={STEPS}", f"--save_steps={STEPS // 3}", "--logging_steps=1", *flags]
         process = run_script(command, env, timeout=300)
         assert "Traceback" not in process.stderr + process.stdout, process.stderr

@@ -157,6 +157,7 @@ class Script:
     num_sentinels: int = 0  # of its tokenizer
     needs_model_type: bool = True  # without a config; else it has a default
     has_positions: bool = True  # a table of them, which limits the length
+    is_stream: bool = False  # nothing of the data is stored, and each process has a part of it for itself
 
     def __str__(self):
         return self.name
@@ -206,6 +207,16 @@ SCRIPTS = [
         modules=("transformers.models.bart.modeling_flax_bart",),
         width="d_model",
         needs_model_type=False,
+    ),
+    Script(
+        "run_mlm_flax_stream.py",
+        model_type="roberta",
+        other_model_type="bert",
+        write_model=tiny_roberta,
+        no_dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        modules=("transformers.models.roberta.modeling_flax_roberta",),
+        flags=("--num_eval_samples=16",),
+        is_stream=True,
     ),
 ]
 

@@ -34,6 +34,8 @@ FLAGS = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
     "warmup_steps": 5,
+    "num_train_steps": 20,
+    "num_eval_samples": 16,
     "num_train_epochs": 1,
     "logging_steps": 5,
     "save_steps": 12,
@@ -80,6 +82,14 @@ DOCUMENTED = {  # section: script, folder, and its flags beside those that name 
         --per_device_eval_batch_size="128" --learning_rate="3e-4" --warmup_steps="1000" --overwrite_output_dir
         --num_train_epochs="18" --adam_beta1="0.9" --adam_beta2="0.98" --logging_steps="500" --save_steps="2500"
         --eval_steps="2500" """,
+    ),
+    "A dataset larger than the disk": (
+        "run_mlm_flax_stream.py",
+        "my-roberta",
+        """--model_type="roberta" --max_seq_length="128" --per_device_train_batch_size="128"
+        --per_device_eval_batch_size="128" --learning_rate="3e-4" --warmup_steps="1000" --overwrite_output_dir
+        --adam_beta1="0.9" --adam_beta2="0.98" --num_train_steps="10000" --num_eval_samples="5000"
+        --logging_steps="250" --eval_steps="1000" """,
     ),
     "Train GPT-2": (
         "run_clm_flax.py",
@@ -312,10 +322,11 @@ def test_documented_command(section):
     script, model, known = DOCUMENTED[section]
     found, flags = flags_of(block_of(section, "sh"))
     known = dict(word.removeprefix("--").partition("=")[::2] for word in shlex.split(known))
-    places = dict.fromkeys(("output_dir", "config_name", "tokenizer_name"), model) | {"dataset_name": "corpus"}
+    places = dict.fromkeys(("config_name", "tokenizer_name"), model) | {"dataset_name": "corpus"}
     assert found == script
     assert {**flags, **known, **places} == flags
-    assert flags.keys() - known.keys() - places.keys() <= {"per_device_eval_batch_size"}
+    assert flags["output_dir"].startswith(model)
+    assert flags.keys() - known.keys() - places.keys() <= {"output_dir", "per_device_eval_batch_size"}
 
 
 def test_json_of_the_command():

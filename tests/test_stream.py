@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_hosts import ONE_EACH, finish_cluster, losses, start_cluster
+from test_hosts import finish_cluster, losses, start_cluster
 from training_scripts import SCRIPTS, Place, checkpoints, word_tokenizer, write_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +27,7 @@ import run_mlm_flax_stream as stream
 (SCRIPT,) = (script for script in SCRIPTS if script.is_stream)
 NUM_WORDS = 6000
 BLOCK = 16
+SAME_BATCH = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}  # as of two processes, accumulated
 START = {"epoch": 0, "state": None, "carried": [], "used": 0, "seen": 0, "offset": 0}
 
 
@@ -411,7 +412,7 @@ def test_two_processes(place):
     runs[1].kill()
     killed = place.directory / "two_killed"
     assert (runs[0].returncode, checkpoints(killed)[-1]) == (137, 6)
-    run = place.run("two_killed", **{**flags, **ONE_EACH, "devices": 2})
+    run = place.run("two_killed", **{**flags, **SAME_BATCH, "devices": 2})
     assert run.returncode == 1
     (line,) = run.lines
     assert "number of processes is 2, here 1" in line
@@ -420,7 +421,7 @@ def test_two_processes(place):
     assert losses(killed)[12] == losses(whole)[12]
 
     before = json.loads((whole / "eval_results.json").read_text())
-    run = place.run("two", **{**flags, **ONE_EACH, "devices": 2}, do_eval=True)
+    run = place.run("two", **{**flags, **SAME_BATCH, "devices": 2}, do_eval=True)
     assert run.returncode == 0, run.stderr
     assert json.loads((whole / "eval_results.json").read_text()) == pytest.approx(before, rel=1e-5)
 

@@ -1,11 +1,8 @@
 """The quickstart's corpus, tokenizer and configuration, and a short run of the whole."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoTokenizer, RobertaTokenizerFast
@@ -15,18 +12,18 @@ import quickstart
 pytestmark = pytest.mark.smoke
 
 
-def test_corpus_is_large_and_always_the_same(tmp_path):
-    files = quickstart.build_corpus(tmp_path / "here")
-    code = "import pathlib, sys, quickstart; quickstart.build_corpus(pathlib.Path(sys.argv[1]))"
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": "7",
-        "PYTHONPATH": str(Path(quickstart.__file__).parent),
-        "LC_ALL": "C",
-    }
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], env=environment, check=True)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, run_script):
+    """The process of a short run, and the folder it ran in."""
+    directory = tmp_path_factory.mktemp("quickstart")
+    env = {"XLA_FLAGS": None, "PYTHONHASHSEED": "7", "LC_ALL": "C"}  # which must not matter
+    return run_script(["quickstart.py", "--max_steps", "12"], env=env, cwd=directory), directory
+
+
+def test_corpus_is_large_and_always_the_same(tmp_path, finished):
+    files = quickstart.build_corpus(tmp_path)
     for file in files:
-        assert file.read_bytes() == (tmp_path / "there" / file.name).read_bytes()
+        assert file.read_bytes() == (finished[1] / "quickstart" / "corpus" / file.name).read_bytes()
     train, validation = (file.read_text(encoding="utf-8").splitlines() for file in files)
     assert len("\n".join(train + validation)) > 2_000_000
     assert 0.03 < len(validation) / len(train) < 0.08
@@ -62,13 +59,13 @@ def test_configuration_fits_the_tokenizer(roberta_dir):
     assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (0, 1, 2)
 
 
-def test_quickstart_trains_and_shows_what_it_learned(tmp_path, run_script):
-    done = run_script(["quickstart.py", "--max_steps", "12"], env={"XLA_FLAGS": None}, cwd=tmp_path)
+def test_quickstart_trains_and_shows_what_it_learned(finished):
+    done, directory = finished
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "quickstart" / "model" / "eval_results.json").read_text())
+    results = json.loads((directory / "quickstart" / "model" / "eval_results.json").read_text())
     assert f"{results['eval_loss']:.4f}" in done.stdout
     assert len(re.findall(r"^    .* +[\d.]+%$", done.stdout, re.MULTILINE)) == 3 * len(quickstart.QUESTIONS)
     assert "tensorboard --logdir quickstart/model" in done.stdout
     here = [line for line in done.stdout.splitlines() if sys.prefix not in line and str(quickstart.HERE) not in line]
     assert max(map(len, here)) <= 80
-    assert {path.name for path in tmp_path.iterdir()} == {"quickstart"}  # all of it is in one folder
+    assert {path.name for path in directory.iterdir()} == {"quickstart"}  # all of it is in one folder

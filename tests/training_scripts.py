@@ -62,81 +62,19 @@ def word_tokenizer(directory: Path, without: tuple[str, ...] = (), num_words: in
     return fast
 
 
-def tiny_roberta(directory: Path, **changes):
-    """A tokenizer and the configuration of a RoBERTa of one layer, with dropout, so that its random numbers count."""
-    from transformers import RobertaConfig
+def tiny_model(model_type: str, sentinels: int = 0, **settings):
+    """Function that writes a tokenizer and the configuration of a model of one layer, with dropout, so that its random
+    numbers count: (directory, **changes of the configuration) -> None."""
 
-    tokenizer = word_tokenizer(directory)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": LENGTH + 2,  # positions start after the pad id, which is 1
-        "type_vocab_size": 1,
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-    }
-    RobertaConfig(**{**settings, **changes}).save_pretrained(directory)
+    def write(directory: Path, **changes):
+        from transformers import CONFIG_MAPPING
 
+        tokenizer = word_tokenizer(directory, sentinels=sentinels)
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+        values = {"vocab_size": len(tokenizer), **special, **settings, **changes}
+        CONFIG_MAPPING[model_type](**values).save_pretrained(directory)
 
-def tiny_gpt2(directory: Path, **changes):
-    """A tokenizer and the configuration of a GPT-2 of one layer, with dropout."""
-    from transformers import GPT2Config
-
-    tokenizer = word_tokenizer(directory)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "n_embd": 16,
-        "n_layer": 1,
-        "n_head": 2,
-        "n_positions": LENGTH,
-        "resid_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-    }
-    GPT2Config(**{**settings, **changes}).save_pretrained(directory)
-
-
-def tiny_t5(directory: Path, **changes):
-    """A tokenizer with a few sentinels and the configuration of a T5 of one layer, with dropout."""
-    from transformers import T5Config
-
-    tokenizer = word_tokenizer(directory, sentinels=NUM_SENTINELS)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "d_model": 16,
-        "d_kv": 8,
-        "d_ff": 32,
-        "num_layers": 1,
-        "num_heads": 2,
-        "dropout_rate": 0.1,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    T5Config(**{**settings, **changes}).save_pretrained(directory)
-
-
-def tiny_bart(directory: Path, **changes):
-    """A tokenizer and the configuration of a BART of one layer a side, with dropout."""
-    from transformers import BartConfig
-
-    tokenizer = word_tokenizer(directory)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "d_model": 16,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-        "max_position_embeddings": LENGTH,
-        "dropout": 0.1,
-        "attention_dropout": 0.1,
-    }
-    BartConfig(**{**settings, **changes}).save_pretrained(directory)
+    return write
 
 
 # -------------------------------------------------------------------------------------------------------- scripts
@@ -172,7 +110,17 @@ SCRIPTS = [
         "run_mlm_flax.py",
         model_type="roberta",
         other_model_type="bert",
-        write_model=tiny_roberta,
+        write_model=tiny_model(
+            "roberta",
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=LENGTH + 2,  # positions start after the pad id, which is 1
+            type_vocab_size=1,
+            hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.1,
+        ),
         no_dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         modules=("transformers.models.roberta.modeling_flax_roberta",),
     ),
@@ -180,7 +128,16 @@ SCRIPTS = [
         "run_clm_flax.py",
         model_type="gpt2",
         other_model_type="opt",
-        write_model=tiny_gpt2,
+        write_model=tiny_model(
+            "gpt2",
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            n_positions=LENGTH,
+            resid_pdrop=0.1,
+            embd_pdrop=0.1,
+            attn_pdrop=0.1,
+        ),
         no_dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
         length_flag="block_size",
         width="n_embd",
@@ -190,7 +147,16 @@ SCRIPTS = [
         "run_t5_mlm_flax.py",
         model_type="t5",
         other_model_type="mt5",
-        write_model=tiny_t5,
+        write_model=tiny_model(
+            "t5",
+            NUM_SENTINELS,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.1,
+        ),
         no_dropout=("dropout_rate",),
         modules=("transformers.models.t5.modeling_flax_t5", "transformers.models.longt5.modeling_flax_longt5"),
         width="d_model",
@@ -202,7 +168,19 @@ SCRIPTS = [
         "run_bart_dlm_flax.py",
         model_type="bart",
         other_model_type="mbart",
-        write_model=tiny_bart,
+        write_model=tiny_model(
+            "bart",
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=LENGTH,
+            dropout=0.1,
+            attention_dropout=0.1,
+        ),
         no_dropout=("dropout", "attention_dropout", "activation_dropout"),
         modules=("transformers.models.bart.modeling_flax_bart",),
         width="d_model",

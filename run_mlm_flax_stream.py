@@ -48,6 +48,8 @@ from transformers.hf_argparser import HfArg
 
 logger = logging.getLogger(__name__)
 DROPOUT_PRNG = "rbg"  # the fast generator of jax.random; its bits depend on the key and the kind of device alone
+NOT_OF_A_STREAM = {"--line_by_line", "--pad_to_max_length", "--train_ref_file", "--validation_ref_file",
+    "--whole_word_mask", "--num_train_epochs", "--validation_split_percentage"}
 IGNORE = -100  # the label of a token that is not predicted
 CheckpointOptions = partial(ocp.CheckpointManagerOptions, create=False, enable_async_checkpointing=False,
     multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}))
@@ -141,7 +143,8 @@ def parse_args(argv: list[str] | None = None):
     parser.error = partial(require, False)  # argparse would print the usage of sixty flags before its line
     args, rest = parser.parse_known_args(argv)
     unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]  # not values: they may be secrets
-    require(not rest, f"unknown arguments: {' '.join(unknown) or 'a value without a flag'}")
+    apart = {*unknown} & NOT_OF_A_STREAM and "a stream has no lines and no length, see --num_train_steps"
+    require(not rest, f"{apart or 'unknown arguments'}: {' '.join(unknown) or 'a value without a flag'}")
     args.do_train, args.do_eval = args.do_train or not args.do_eval, args.do_eval or not args.do_train
     args.hub_options = {name: getattr(args, name) for name in ("cache_dir", "token", "trust_remote_code")}
     if not args.do_train and (Path(args.output_dir) / "flax_model.msgpack").is_file():
@@ -254,8 +257,7 @@ def load_texts(args):
             splits[split] = explain(f"{source}: unreadable", load, builders[kind], data_files=[file], split="train")
         if split in splits:
             splits[split] = text_column(splits[split], args.text_column_name, source)
-    usable = "train" in splits or ("validation" in splits and not args.do_train)
-    require(usable, f"{source}: it has no training data, only {list(splits)}")
+    require({"train", args.do_train or "validation"} & {*splits}, f"{source}: no training data, only {list(splits)}")
     return splits.get("train"), splits.get("validation")
 
 def text_column(dataset, wanted: str, source: str):
@@ -297,8 +299,7 @@ class BlockStream:
             parts = self.read(self.dataset.shard(len(taken), shard), None, rest)
             while len(blocks) < limit and (part := next(parts, None)):
                 taken[shard], blocks, rest = taken[shard] + part[2], [*blocks, *part[3]], part[4]
-        found = f"{self.source} has {len(blocks):,} blocks of {self.length} tokens"
-        require(len(blocks) >= needed, f"--num_eval_samples {limit}: {found} and {len(rest)} tokens")
+        require(len(blocks) >= needed, f"--num_eval_samples {limit}: {self.source} has {len(blocks)} blocks")
         return np.array(blocks[:limit]).reshape(-1, self.length), taken, np.concatenate([*blocks[limit:], rest])
     def blocks(self, position: dict, batch_size: int, limit: int | None, taken: list[int], rest: np.ndarray):
         """This process's blocks, epoch after epoch, each with its position. Texts `taken` for evaluation are skipped,
@@ -635,8 +636,7 @@ def main(args) -> int:
         blocks = islice(shuffle(blocks, max(args.shuffle_buffer_size, batch_size), args.seed), place["offset"], None)
         blocks = chain([next(blocks)], blocks)  # too little data ends the run here, before anything is written
     saver = Saver(args, model, tokenizer, run, first_step, upload) if args.do_train and is_writer else None
-    log = TrainingLog(output_dir)
-    fixed = {"model": model, "num_slots": collator.num_slots}
+    log, fixed = TrainingLog(output_dir), {"model": model, "num_slots": collator.num_slots}
     p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
     evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)

@@ -126,7 +126,7 @@ def measure_memory(millions: list[int], directory: Path) -> dict:
     from training_scripts import LENGTH as SHORT
     from training_scripts import NUM_WORDS, tiny_roberta
 
-    tiny_roberta(directory / "start", max_position_embeddings=SHORT + 2, num_hidden_layers=1)
+    tiny_roberta(directory / "start")
     figures = {}
     print(f"{'million tokens':>16}{'peak MB':>10}{'seconds':>10}")
     for count in millions:

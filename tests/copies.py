@@ -33,6 +33,7 @@ DIFFER_BY_OBJECTIVE = {  # name: lines that may differ from the template's
 MORE_BY_SCRIPT = {  # a stream has no known length, no lines, and a position that is saved
     "run_mlm_flax_stream.py": {
         "TrainingArguments": 6,
+        "parse_args": 3,
         "FlaxDataCollatorForLanguageModeling": 20,
         "load_texts": 22,
         "text_column": 22,

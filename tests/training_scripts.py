@@ -105,22 +105,24 @@ class Script:
         return ROOT / self.name
 
 
+tiny_roberta = tiny_model(
+    "roberta",
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=LENGTH + 2,  # positions start after the pad id, which is 1
+    type_vocab_size=1,
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+)
+
 SCRIPTS = [
     Script(
         "run_mlm_flax.py",
         model_type="roberta",
         other_model_type="bert",
-        write_model=tiny_model(
-            "roberta",
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=LENGTH + 2,  # positions start after the pad id, which is 1
-            type_vocab_size=1,
-            hidden_dropout_prob=0.1,
-            attention_probs_dropout_prob=0.1,
-        ),
+        write_model=tiny_roberta,
         no_dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         modules=("transformers.models.roberta.modeling_flax_roberta",),
     ),

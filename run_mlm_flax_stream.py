@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """Masked language modeling (BERT, RoBERTa, ALBERT, ELECTRA, ...) with JAX/Flax over a streamed dataset of any size.
-The objective is BERT's (Devlin et al., 2018, https://arxiv.org/abs/1810.04805): 15% of the tokens are predicted from
-their context; of these 80% are shown as the mask token, 10% as a random token and 10% as themselves.
+The objective is BERT's (Devlin et al., 2018, https://arxiv.org/abs/1810.04805); of the texts nothing is stored.
 
     python run_mlm_flax_stream.py --output_dir=out --config_name=roberta --tokenizer_name=roberta --dataset_name=corpus
 """
@@ -247,9 +246,8 @@ def load_texts(args):
     options = args.hub_options if datasets.__version__ < "4" else {"cache_dir": args.cache_dir, "token": args.token}
     builders = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
     load = partial(datasets.load_dataset, streaming=True, **options)
-    source, splits = f"--dataset_name {args.dataset_name}", {}
-    if args.dataset_name:
-        splits = dict(explain(f"{source}: unreadable", load, args.dataset_name, args.dataset_config_name))
+    name, source = args.dataset_name, f"--dataset_name {args.dataset_name}"
+    splits = dict(explain(f"{source}: unreadable", load, name, args.dataset_config_name)) if name else {}
     for split, file in (("train", args.train_file), ("validation", args.validation_file)):
         if file:
             source, kind = f"--{split}_file {file}", Path(file).suffix.lower().lstrip(".")
@@ -282,11 +280,13 @@ class BlockStream:
         """From `state` on, or else after `skip` texts: state and tokens there, how many texts, [blocks, length] int32,
         tokens after. Row by row: datasets 3.6 to 5.0, if resumed twice within an Arrow table, lose rows of it."""
         dataset.load_state_dict(state)
-        rows = islice(dataset, 0 if state else skip, None)
+        rows, backend = islice(dataset, 0 if state else skip, None), getattr(self.tokenizer, "backend_tokenizer", None)
+        self.tokenizer("")  # undoes what tokenizer.json may say of truncation and padding
         def encode():
             texts = [row[self.column] for row in islice(rows, 64)]
             filled = [text for text in texts if text and text.strip()]
-            encoded = self.tokenizer(filled, return_attention_mask=False, verbose=False).input_ids if filled else []
+            one_by_one = map(partial(self.tokenizer.encode, verbose=False), filled)
+            encoded = (found.ids for found in backend.encode_batch_fast(filled)) if backend else one_by_one
             return len(texts), np.concatenate([carried, *(np.array(ids, np.int32) for ids in encoded)])
         while (found := explain(f"{self.source}: unreadable", encode))[0] or state is None:
             blocks, after = np.split(found[1], [len(found[1]) // self.length * self.length])

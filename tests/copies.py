@@ -35,7 +35,7 @@ MORE_BY_SCRIPT = {  # a stream has no known length, no lines, and a position tha
         "TrainingArguments": 6,
         "parse_args": 3,
         "FlaxDataCollatorForLanguageModeling": 20,
-        "load_texts": 22,
+        "load_texts": 24,
         "text_column": 22,
         "train_batches": ANY,
         "eval_batches": 16,

@@ -444,3 +444,27 @@ def test_the_same_text_as_the_template(tmp_path, tokenizer):
         paths = write_shards(tmp_path / kind, kind, make_documents([300, 200]))
         texts = open_stream(paths, tokenizer)
         assert [tuple(block) for block in texts.first(len(expected), 1)[0].tolist()] == expected
+
+
+def test_tokens_are_the_tokenizer_s(tmp_path, tokenizer):
+    """Those of its own call, whatever its file says of truncation and padding, and those of a slow one."""
+    from transformers import AutoTokenizer, BertTokenizer
+
+    documents = make_documents([300])
+    paths = write_shards(tmp_path / "shards", "txt", documents)
+    expected = blocks_of(tokens_of(tokenizer, flat(documents)))[0]
+    tokenizer(["w1 w2 w3", "w1"], truncation=True, padding="max_length", max_length=4)
+    tokenizer.save_pretrained(tmp_path / "short")
+    settings = json.loads((tmp_path / "short" / "tokenizer.json").read_text())
+    assert settings["truncation"]
+    assert settings["padding"]
+    short = AutoTokenizer.from_pretrained(tmp_path / "short")
+    texts = open_stream(paths, short)
+    assert [tuple(block) for block in texts.first(len(expected), 1)[0].tolist()] == expected
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(NUM_WORDS))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    slow = BertTokenizer(tmp_path / "vocab.txt")
+    expected = blocks_of(tokens_of(slow, flat(documents)))[0]
+    found = open_stream(paths, slow).first(len(expected), 1)[0]
+    assert [tuple(block) for block in found.tolist()] == expected

@@ -588,8 +588,7 @@ def connect_hub(args):
     name = args.hub_model_id or output_dir.absolute().name
     problem = f"--push_to_hub: no access to {name}, may --hub_token write there?"
     repo_id = explain(problem, api.create_repo, name, exist_ok=True).repo_id
-    attempt = huggingface_hub.CommitOperationAdd("README.md", b"-")  # whose first step tells if the token may write
-    explain(problem, api.preupload_lfs_files, repo_id, [attempt])
+    explain(problem, api.preupload_lfs_files, repo_id, [huggingface_hub.CommitOperationAdd("a", b"-")])  # writes?
     upload, ignored = partial(api.upload_folder, repo_id=repo_id, folder_path=output_dir), ["checkpoints/**", "*.tmp*"]
     return lambda message, *more: upload(commit_message=message, ignore_patterns=[*ignored, *more])
 

@@ -162,7 +162,7 @@ def check_args(args):
         ("seed", "between 0 and 4294967295", lambda x: 0 <= x < 2**32)):
         for name, value in ((name, getattr(args, name)) for name in names.split()):
             require(value is None or holds(value), f"--{name} {value}: it must be {meaning}")
-    families = sorted(config.model_type for config in transformers.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING)
+    families = sorted(transformers.models.auto.modeling_flax_auto.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     model = args.model_name_or_path or (args.do_train and (args.config_name or args.model_type))
     file, name, tokenizer = args.train_file or args.validation_file, args.dataset_name, args.tokenizer_name
     require(model, "no model: give --model_name_or_path, or, to train from scratch, --config_name or --model_type")
@@ -354,7 +354,8 @@ def load_config_and_tokenizer(args):
     name, load = args.config_name or args.model_name_or_path, partial(AutoConfig.from_pretrained, **args.hub_options)
     config = explain(f"{name} has no config", load, name) if name else transformers.CONFIG_MAPPING[args.model_type]()
     found, supported = config.model_type, type(config) in transformers.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING
-    require(args.model_type in (None, found), f"--model_type {args.model_type}: {name} is of type {found}")
+    alike = args.model_type in (None, found) or type(config) is transformers.CONFIG_MAPPING[args.model_type]
+    require(alike, f"--model_type {args.model_type}: {name} is of type {found}")
     require(supported, f"{name}: type {found} has no causal language model in Flax")
     name = args.tokenizer_name or args.model_name_or_path
     load = partial(AutoTokenizer.from_pretrained, use_fast=args.use_fast_tokenizer, **args.hub_options)
@@ -560,8 +561,7 @@ def connect_hub(args):
     name = args.hub_model_id or output_dir.absolute().name
     problem = f"--push_to_hub: no access to {name}, may --hub_token write there?"
     repo_id = explain(problem, api.create_repo, name, exist_ok=True).repo_id
-    attempt = huggingface_hub.CommitOperationAdd("README.md", b"-")  # whose first step tells if the token may write
-    explain(problem, api.preupload_lfs_files, repo_id, [attempt])
+    explain(problem, api.preupload_lfs_files, repo_id, [huggingface_hub.CommitOperationAdd("a", b"-")])  # writes?
     upload, ignored = partial(api.upload_folder, repo_id=repo_id, folder_path=output_dir), ["checkpoints/**", "*.tmp*"]
     return lambda message, *more: upload(commit_message=message, ignore_patterns=[*ignored, *more])
 

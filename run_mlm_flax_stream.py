@@ -165,7 +165,7 @@ def check_args(args):
         ("seed", "between 0 and 4294967295", lambda x: 0 <= x < 2**32)):
         for name, value in ((name, getattr(args, name)) for name in names.split()):
             require(value is None or holds(value), f"--{name} {value}: it must be {meaning}")
-    families = sorted(config.model_type for config in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING)
+    families = sorted(transformers.models.auto.modeling_flax_auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     model = args.model_name_or_path or (args.do_train and (args.config_name or args.model_type))
     file, name, tokenizer = args.train_file or args.validation_file, args.dataset_name, args.tokenizer_name
     require(model, "no model: give --model_name_or_path, or, to train from scratch, --config_name or --model_type")
@@ -381,11 +381,12 @@ def load_config_and_tokenizer(args):
         require(not args.model_name_or_path, f"{message}: they do not belong together")
         logger.warning(f"{message}: the table is made larger.")
         config.vocab_size = len(tokenizer)
-    wanted, positions = args.max_seq_length, config.max_position_embeddings
-    if found in ("roberta", "roberta-prelayernorm", "xlm-roberta"):  # their positions count from the pad id on
-        positions -= config.pad_token_id + 1
-    require((wanted or 0) <= positions, f"--max_seq_length {wanted}: the model has {positions} positions")
-    return config, tokenizer, wanted or min(tokenizer.model_max_length, positions)
+    positions = config.max_position_embeddings - ("roberta" in found and config.pad_token_id + 1)  # from that id on
+    length = args.max_seq_length or min(tokenizer.model_max_length, positions)
+    require(length <= positions, f"--max_seq_length {length}: the model has {positions} positions")
+    if found == "big_bird" and (length % config.block_size or length <= 11 * config.block_size):
+        config.attention_type = "original_full"  # as in PyTorch: too short for its sparse attention
+    return config, tokenizer, length
 
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
@@ -578,8 +579,7 @@ def connect_hub(args):
     name = args.hub_model_id or output_dir.absolute().name
     problem = f"--push_to_hub: no access to {name}, may --hub_token write there?"
     repo_id = explain(problem, api.create_repo, name, exist_ok=True).repo_id
-    attempt = huggingface_hub.CommitOperationAdd("README.md", b"-")  # whose first step tells if the token may write
-    explain(problem, api.preupload_lfs_files, repo_id, [attempt])
+    explain(problem, api.preupload_lfs_files, repo_id, [huggingface_hub.CommitOperationAdd("a", b"-")])  # writes?
     upload, ignored = partial(api.upload_folder, repo_id=repo_id, folder_path=output_dir), ["checkpoints/**", "*.tmp*"]
     return lambda message, *more: upload(commit_message=message, ignore_patterns=[*ignored, *more])
 

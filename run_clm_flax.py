@@ -365,18 +365,16 @@ def load_config_and_tokenizer(args):
         require(not args.model_name_or_path, f"{message}: they do not belong together")
         logger.warning(f"{message}: the table is made larger.")
         config.vocab_size = len(tokenizer)
-    robertas = ("roberta", "roberta-prelayernorm", "xlm-roberta")
-    if found in ("bert", "big_bird", "electra", *robertas):
+    if "roberta" in found or found in ("bert", "big_bird", "electra"):
         config.is_decoder = True  # or each token would see those that are to be predicted
     if found == "big_bird":
         config.attention_type = "original_full"  # for its sparse attention is not causal, whatever is_decoder says
-    wanted, positions = args.block_size, getattr(config, "max_position_embeddings", 2**30)  # BLOOM's have no end
-    if found in robertas:  # their positions count from the pad id on
-        positions -= config.pad_token_id + 1
-    require((wanted or 0) <= positions, f"--block_size {wanted}: the model has {positions} positions")
-    chosen = min(tokenizer.model_max_length, positions, 1024)
-    wanted or logger.info(f"--block_size is {chosen}: of what the tokenizer and the model allow, at most 1024.")
-    return config, tokenizer, wanted or chosen
+    positions = getattr(config, "max_position_embeddings", 2**30)  # BLOOM's have no end, and RoBERTa's begin later
+    positions -= "roberta" in found and config.pad_token_id + 1
+    length = args.block_size or min(tokenizer.model_max_length, positions, 1024)
+    require(length <= positions, f"--block_size {length}: the model has {positions} positions")
+    args.block_size or logger.info(f"--block_size is {length}: what tokenizer and model allow, at most 1024.")
+    return config, tokenizer, length
 
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""

@@ -1,10 +1,9 @@
 """Every family of models that a script trains: short runs that learn, whose export is read back, in both layouts.
 
-    python tests/test_families.py    writes the table of the README
+python tests/test_families.py    writes the table of the README
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest

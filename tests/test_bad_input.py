@@ -282,7 +282,7 @@ ENVIRONMENT = {
     "too little to split": ({"train_file": "two_lines.txt", "validation_file": None}, ["--validation", "2", "5"]),
     "too little to hold out": (
         {"train_file": "short.txt", "validation_file": None, "num_eval_samples": 5},
-        ["--num_eval_samples", "5", "short.txt", "20"],
+        ["--num_eval_samples", "5", "short.txt", "0 blocks"],
     ),
     "no split": (
         {"validation_file": None, "validation_split_percentage": 0},

@@ -1,25 +1,30 @@
-# make quickstart | test | lint | fix-copies | clean, from a fresh clone: Python 3.10 or newer and make suffice.
+# make quickstart | test | test-oldest | lint | fix-copies | clean, from a fresh clone: Python 3.10 or newer and make suffice.
 
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART ?= quickstart
+OLDEST ?= .venv-oldest
+PYTHON_OLDEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo $(PYTHON))
 
 # Stamps: an environment is installed into again only when its list of requirements has changed.
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_OLDEST := $(OLDEST)/.installed
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: help env quickstart test lint format fix-copies clean
+.PHONY: help env quickstart test test-oldest lint format fix-copies clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   train a small model on Python's documentation, in 5 minutes"
 	@echo "make test         run the tests"
+	@echo "make test-oldest  run those marked smoke with the oldest versions of all packages"
 	@echo "make lint         check style, without changing a file"
 	@echo "make format       put files into the style that lint checks"
 	@echo "make fix-copies   write what run_mlm_flax.py shares with the other scripts into them"
 	@echo "make clean        remove what the quickstart and the tools wrote, but not $(VENV)"
-	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) QUICKSTART=$(QUICKSTART)"
+	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) QUICKSTART=$(QUICKSTART) \
+		PYTHON_OLDEST=$(PYTHON_OLDEST) OLDEST=$(OLDEST)"
 
 env: $(INSTALLED)
 
@@ -37,11 +42,26 @@ $(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
 	@$(PIP) install --quiet --requirement requirements-dev.txt
 	@touch $@
 
+# The lower bound of each package that the scripts import.
+$(INSTALLED_OLDEST): requirements.txt requirements-dev.txt
+	@echo "Making an environment of the oldest versions in $(OLDEST) ..."
+	@$(PYTHON_OLDEST) -m venv $(OLDEST)
+	@sed -n 's/^\([a-z_-]*\)>=\([0-9.]*\),.*/\1==\2/p' requirements.txt > $(OLDEST)/oldest.txt
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(OLDEST)/oldest.txt \
+		--requirement requirements.txt --requirement requirements-dev.txt
+	@touch $@
+
 quickstart: $(INSTALLED)
 	@$(VENV)/bin/python quickstart.py --directory $(QUICKSTART)
 
 test: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile
+
+# Each set of versions goes on from checkpoints of the other one.
+test-oldest: $(INSTALLED_OLDEST) $(INSTALLED)
+	OTHER_PYTHON=$(abspath $(VENV)/bin/python) \
+		$(OLDEST)/bin/python -m pytest -q -m smoke --durations=10 --numprocesses=2 --dist=worksteal
 
 lint: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m ruff check .

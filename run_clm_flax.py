@@ -10,7 +10,7 @@ from those before it.
 # dependencies = [
 #     "datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.11", "numpy>=2,<3",
 #     "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11.16,<0.13", "safetensors>=0.5,<1", "tensorboard>=2.19,<3",
-#     "transformers>=4.57,<5"]
+#     "transformers>=4.57.1,<5"]
 # ///
 
 import json
@@ -378,18 +378,17 @@ def load_config_and_tokenizer(args):
 
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
-    options, name = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path
-    def load():
-        if not name:
-            return FlaxAutoModelForCausalLM.from_config(**options, _do_init=False), {}
-        pretrained = partial(FlaxAutoModelForCausalLM.from_pretrained, name, **options, **args.hub_options)
-        try:
-            return pretrained(_do_init=False)
-        except ValueError:  # PyTorch's files are read into an initialized model only
-            model = pretrained()
-            return model, model.params
-    model, params = explain(f"{name} has no model of type {config.model_type}", load)
-    params = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params).items()}
+    options, name, params = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path, {}
+    model = FlaxAutoModelForCausalLM.from_config(**options, _do_init=False)
+    class Unread(type(model)):  # as PyTorch's files are read into an initialized model only; NaN: not in the file
+        def init_weights(self, *_):
+            return jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), model.params_shape_tree)
+    if name:
+        load, problem = Unread.from_pretrained, f"{name} has no model of type {config.model_type} that fits its config"
+        old = explain(problem, load, name, **options, **args.hub_options)
+        params = {k: np.asarray(x) for k, x in flatten_dict(old.to_fp32(old.params)).items() if not np.isnan(x).all()}
+        require(params, f"{problem}: none of its weights")
+        model.generation_config = old.generation_config
     if missing := model.required_params - set(params):
         params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
         init = jax.jit(model.init_weights, static_argnums=1)(jax.random.PRNGKey(args.seed), model.input_shape)

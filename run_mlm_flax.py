@@ -10,7 +10,7 @@ their context; of these 80% are shown as the mask token, 10% as a random token a
 # dependencies = [
 #     "datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.11", "numpy>=2,<3",
 #     "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11.16,<0.13", "safetensors>=0.5,<1", "tensorboard>=2.19,<3",
-#     "transformers>=4.57,<5"]
+#     "transformers>=4.57.1,<5"]
 # ///
 
 import json
@@ -403,23 +403,24 @@ def load_config_and_tokenizer(args):
     require(length <= positions, f"--max_seq_length {length}: the model has {positions} positions")
     if found == "big_bird" and (args.line_by_line or length % config.block_size or length <= 11 * config.block_size):
         config.attention_type = "original_full"  # as in PyTorch: too short for its sparse attention
+    found == "roformer" and config.update({"embedding_size": config.hidden_size})  # the only one that Flax has
     return config, tokenizer, length
 
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
-    options, name = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path
-    def load():
-        if not name:
-            return FlaxAutoModelForMaskedLM.from_config(**options, _do_init=False), {}
-        pretrained = partial(FlaxAutoModelForMaskedLM.from_pretrained, name, **options, **args.hub_options)
-        try:
-            return pretrained(_do_init=False)
-        except ValueError:  # PyTorch's files are read into an initialized model only
-            return (model := pretrained()), model.params
-    model, params = explain(f"{name} has no model of type {config.model_type}", load)
+    options, name, params = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path, {}
+    model = FlaxAutoModelForMaskedLM.from_config(**options, _do_init=False)
     checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
     checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
-    params = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params).items()}
+    class Unread(type(model)):  # as PyTorch's files are read into an initialized model only; NaN: not in the file
+        def init_weights(self, *_):
+            return jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), model.params_shape_tree)
+    if name:
+        load, problem = Unread.from_pretrained, f"{name} has no model of type {config.model_type} that fits its config"
+        old = explain(problem, load, name, **options, **args.hub_options)
+        params = {k: np.asarray(x) for k, x in flatten_dict(old.to_fp32(old.params)).items() if not np.isnan(x).all()}
+        require(params, f"{problem}: none of its weights")
+        model.generation_config = old.generation_config
     if missing := model.required_params - set(params):
         params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
         init = jax.jit(model.init_weights, static_argnums=1)(jax.random.PRNGKey(args.seed), model.input_shape)
@@ -639,8 +640,7 @@ def main(args) -> int:
     copies = lambda x: np.broadcast_to(x, (jax.local_device_count(), *np.shape(x)))  # noqa: E731
     state, first_step = shard(jax.tree.map(copies, state)), int(step)
     saver = Saver(args, model, tokenizer, run, first_step, upload) if args.do_train and is_writer else None
-    log = TrainingLog(output_dir)
-    fixed = {"model": model, "num_slots": collator.num_slots}
+    log, fixed = TrainingLog(output_dir), {"model": model, "num_slots": collator.num_slots}
     p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
     evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)

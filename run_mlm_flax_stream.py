@@ -8,7 +8,7 @@ The objective is BERT's (Devlin et al., 2018, https://arxiv.org/abs/1810.04805);
 # requires-python = ">=3.10"
 # dependencies = ["datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.11",
 #     "numpy>=2,<3", "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11.16,<0.13", "safetensors>=0.5,<1",
-#     "tensorboard>=2.19,<3", "transformers>=4.57,<5"]
+#     "tensorboard>=2.19,<3", "transformers>=4.57.1,<5"]
 # ///
 
 import json
@@ -260,8 +260,7 @@ def load_texts(args):
 
 def text_column(dataset, wanted: str, source: str):
     """The text column alone, its name, and `source`. Reads a row, for a stream may not know its columns before."""
-    row = explain(f"{source}: unreadable or empty", next, dataset.with_format("arrow").iter(1))
-    kinds = {field.name: str(field.type) for field in row.schema}
+    kinds = {f.name: f.type for f in explain(f"{source}: no text", next, dataset.with_format("arrow").iter(1)).schema}
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     name = strings[0] if wanted == "text" and wanted not in kinds and len(strings) == 1 else wanted
     require(name in kinds, f"{source}: no column {name}; --text_column_name of {list(kinds)}?")
@@ -386,23 +385,24 @@ def load_config_and_tokenizer(args):
     require(length <= positions, f"--max_seq_length {length}: the model has {positions} positions")
     if found == "big_bird" and (length % config.block_size or length <= 11 * config.block_size):
         config.attention_type = "original_full"  # as in PyTorch: too short for its sparse attention
+    found == "roformer" and config.update({"embedding_size": config.hidden_size})  # the only one that Flax has
     return config, tokenizer, length
 
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
-    options, name = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path
-    def load():
-        if not name:
-            return FlaxAutoModelForMaskedLM.from_config(**options, _do_init=False), {}
-        pretrained = partial(FlaxAutoModelForMaskedLM.from_pretrained, name, **options, **args.hub_options)
-        try:
-            return pretrained(_do_init=False)
-        except ValueError:  # PyTorch's files are read into an initialized model only
-            return (model := pretrained()), model.params
-    model, params = explain(f"{name} has no model of type {config.model_type}", load)
+    options, name, params = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path, {}
+    model = FlaxAutoModelForMaskedLM.from_config(**options, _do_init=False)
     checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
     checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
-    params = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params).items()}
+    class Unread(type(model)):  # as PyTorch's files are read into an initialized model only; NaN: not in the file
+        def init_weights(self, *_):
+            return jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), model.params_shape_tree)
+    if name:
+        load, problem = Unread.from_pretrained, f"{name} has no model of type {config.model_type} that fits its config"
+        old = explain(problem, load, name, **options, **args.hub_options)
+        params = {k: np.asarray(x) for k, x in flatten_dict(old.to_fp32(old.params)).items() if not np.isnan(x).all()}
+        require(params, f"{problem}: none of its weights")
+        model.generation_config = old.generation_config
     if missing := model.required_params - set(params):
         params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
         init = jax.jit(model.init_weights, static_argnums=1)(jax.random.PRNGKey(args.seed), model.input_shape)

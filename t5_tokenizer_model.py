@@ -7,7 +7,7 @@ From files of text to a folder that AutoTokenizer loads as T5TokenizerFast, with
 """
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["tokenizers>=0.22,<=0.23.0", "transformers>=4.57,<5"]
+# dependencies = ["tokenizers>=0.22,<=0.23.0", "transformers>=4.57.1,<5"]
 # ///
 
 import argparse

@@ -1,0 +1,58 @@
+"""What one set of versions wrote, the other one goes on from: checkpoints and weights, in both directions.
+
+The other set is that of the Python that OTHER_PYTHON names, as `make test-oldest` does.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_scripts import Place, checkpoints, child_environment
+
+OTHER = os.environ.get("OTHER_PYTHON")
+STEPS = {"max_steps": 8, "save_steps": 4, "logging_steps": 1}
+pytestmark = [pytest.mark.smoke, pytest.mark.skipif(not OTHER, reason="OTHER_PYTHON names no other environment")]
+
+
+def run(python: str, place: Place, output_dir: str, **changes) -> list[str]:
+    """The lines that are not log lines in order."""
+    command = [python, str(place.script.path), *place.flags(output_dir, **changes)]
+    options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    done = subprocess.run(command, env=child_environment(), cwd=place.directory, **options)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if " INFO " not in line]
+
+
+def results(output_dir: Path) -> dict:
+    return json.loads((output_dir / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("other_first", [False, True])
+def test_checkpoints_and_weights_of_another_set(tmp_path, script, other_first):
+    """Resumed at step 4 it ends where the undisturbed run ended, but for rounding; its export is read, too."""
+    place = Place(script, tmp_path)
+    one, two = (OTHER, sys.executable) if other_first else (sys.executable, OTHER)
+    assert run(one, place, "one", **STEPS) == []
+    whole = tmp_path / "one"
+    shutil.copytree(whole, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "8")
+    for path in (tmp_path / "two").iterdir():
+        path.is_file() and path.unlink()
+    assert run(two, place, "two", **STEPS) == []
+    assert checkpoints(tmp_path / "two") == [4, 8]
+    for name, value in results(whole).items():
+        if "time" not in name and "second" not in name:
+            assert results(tmp_path / "two")[name] == pytest.approx(value, rel=0.01), name
+
+    for kept in ("flax_model.msgpack", "model.safetensors"):
+        folder = tmp_path / kept.partition(".")[0]
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("checkpoints", "*_results.json", "events.*"))
+        [(folder / name).unlink() for name in {"flax_model.msgpack", "model.safetensors"} - {kept}]
+        read = {"model_name_or_path": folder, "config_name": None, "tokenizer_name": None, "train_file": None}
+        assert run(two, place, f"read_{kept}", **read, do_eval=True) == []
+        found = results(tmp_path / f"read_{kept}")["eval_loss"]
+        assert found == pytest.approx(results(whole)["eval_loss"], rel=1e-4)

@@ -392,6 +392,8 @@ def load_config_and_tokenizer(args):
         require(not args.model_name_or_path, f"{message}: they do not belong together")
         logger.warning(f"{message}: the table is made larger.")
         config.vocab_size = len(tokenizer)
+    if not getattr(config, "scale_decoder_outputs", found != "mt5" or str(config.transformers_version) < "5"):
+        config.tie_word_embeddings = False  # of version 1.1 and mT5, which Transformers 5 does not say any more
     if config.decoder_start_token_id is None:
         config.decoder_start_token_id = config.pad_token_id  # as T5's own configs have it
     chosen = min(tokenizer.model_max_length, getattr(config, "n_positions", 512))

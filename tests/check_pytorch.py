@@ -66,7 +66,11 @@ def write_flax(folder: Path) -> bool:
     if any(family in name.lower() for family in SEQ2SEQ):
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         importlib.import_module("run_t5_mlm_flax").mend_clip()
-    model = getattr(transformers, f"Flax{name}").from_pretrained(folder)
+    read = getattr(transformers, f"Flax{name}", transformers.FlaxAutoModelForCausalLM)  # BERT has two names
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if folder.name == "torch" and name.startswith(("T5", "MT5")):  # Transformers 5 says True, see run_t5_mlm_flax.py
+        config.tie_word_embeddings = getattr(config, "scale_decoder_outputs", False)
+    model = read.from_pretrained(folder, config=config)
     rng = np.random.default_rng(0)
     length = min(32, getattr(model.config, "max_position_embeddings", 64) // 2)
     input_ids = rng.integers(0, model.config.vocab_size, (4, length))
@@ -92,9 +96,7 @@ def compare_torch(folder: Path) -> bool:
     transformers.logging.disable_progress_bar()
     name = architecture(folder)
     read = getattr(transformers, name, transformers.AutoModelForCausalLM)  # BERT's is called BertLMHeadModel there
-    model, loading = read.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-    )
+    model, loading = read.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True)
     data = np.load(folder / "logits.npz")
     inputs = {name: torch.from_numpy(data[name]) for name in ("input_ids", "attention_mask")}
     if any(family in name.lower() for family in SEQ2SEQ):

@@ -301,6 +301,36 @@ def model_batch():
     return jax.tree.map(jnp.asarray, batch)
 
 
+@pytest.mark.parametrize(
+    ("tied", "said"),
+    [
+        (True, {}),
+        (True, {"transformers_version": "5.1.0"}),
+        (True, {"scale_decoder_outputs": True, "transformers_version": "5.1.0"}),
+        (False, {"scale_decoder_outputs": False, "transformers_version": "5.1.0"}),
+        (True, {"model_type": "mt5", "transformers_version": "4.57.6"}),
+        (False, {"model_type": "mt5", "transformers_version": "5.1.0"}),
+    ],
+)
+def test_a_configuration_of_transformers_5(tmp_path, tied, said):
+    """It says of version 1.1 and mT5 that the embeddings are tied, and elsewhere that they are not."""
+    from training_scripts import NUM_SENTINELS, word_tokenizer
+
+    word_tokenizer(tmp_path, sentinels=NUM_SENTINELS)
+    settings = {
+        "model_type": "t5",
+        "tie_word_embeddings": True,
+        "vocab_size": VOCAB,
+        "pad_token_id": 1,
+        **TINY,
+        **said,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    flags = [f"--config_name={tmp_path}", f"--tokenizer_name={tmp_path}", "--output_dir=none", "--train_file=none"]
+    config, *_ = t5.load_config_and_tokenizer(t5.parse_args(flags))
+    assert config.tie_word_embeddings is tied
+
+
 def test_every_family_is_tested():
     assert {family.partition(",")[0] for family in FAMILIES} == set(t5.FAMILIES)
 

@@ -73,7 +73,7 @@ ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
 NOT_RUN = {  # section: the reason, as the comment before the block gives it
     "Use the model": "needs PyTorch and Transformers 5, which has no Flax classes",
     "Upload to the Hub": "needs an account; tests/test_hub.py trains against a stand-in for the Hub",
-    "Versions": "it is the test suite, in an environment with the oldest versions",
+    "Models": "the second environment has PyTorch and Transformers 5, which has no Flax classes",
 }
 DOCUMENTED = {  # section: script, folder, and its flags beside those that name folders
     "Train": (

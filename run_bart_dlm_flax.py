@@ -410,7 +410,7 @@ def load_config_and_tokenizer(args):
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
     options, name, params = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path, {}
-    model = FlaxAutoModelForSeq2SeqLM.from_config(**options, _do_init=False)
+    model = explain("the config makes no model", FlaxAutoModelForSeq2SeqLM.from_config, **options, _do_init=False)
     class Unread(type(model)):  # as PyTorch's files are read into an initialized model only; NaN: not in the file
         def init_weights(self, *_):
             return jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), model.params_shape_tree)

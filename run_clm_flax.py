@@ -365,6 +365,13 @@ def load_config_and_tokenizer(args):
         require(not args.model_name_or_path, f"{message}: they do not belong together")
         logger.warning(f"{message}: the table is made larger.")
         config.vocab_size = len(tokenizer)
+    head = config.hidden_size // config.num_attention_heads
+    rotary = (config.rotary_dim or 1) if found == "gptj" else 0
+    require(rotary % 2 == 0 and rotary <= head, f"{name}: set rotary_dim to an even number, {head} at most")
+    count = config.num_attention_heads if found == "bloom" else 1
+    require(count & (count - 1) == 0, f"{name}: set n_head to a power of two: Flax's BLOOM takes no other")
+    fits = found not in ("llama", "mistral") or getattr(config, "head_dim", None) in (None, head)
+    require(fits, f"{name}: set head_dim to {head}, its hidden_size / num_attention_heads: Flax has no other")
     if "roberta" in found or found in ("bert", "big_bird", "electra"):
         config.is_decoder = True  # or each token would see those that are to be predicted
     if found == "big_bird":
@@ -379,7 +386,7 @@ def load_config_and_tokenizer(args):
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
     options, name, params = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path, {}
-    model = FlaxAutoModelForCausalLM.from_config(**options, _do_init=False)
+    model = explain("the config makes no model", FlaxAutoModelForCausalLM.from_config, **options, _do_init=False)
     class Unread(type(model)):  # as PyTorch's files are read into an initialized model only; NaN: not in the file
         def init_weights(self, *_):
             return jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), model.params_shape_tree)

@@ -403,7 +403,7 @@ def load_config_and_tokenizer(args):
 def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
     options, name, params = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path, {}
-    model = FlaxAutoModelForSeq2SeqLM.from_config(**options, _do_init=False)
+    model = explain("the config makes no model", FlaxAutoModelForSeq2SeqLM.from_config, **options, _do_init=False)
     checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
     checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
     class Unread(type(model)):  # as PyTorch's files are read into an initialized model only; NaN: not in the file

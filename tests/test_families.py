@@ -113,6 +113,35 @@ def test_what_a_pytorch_file_lacks_is_named(tmp_path, caplog, script, family):
         load({"something.else": np.zeros(3)})
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "words"),
+    [
+        ("gptj", {"rotary_dim": 64}, ["rotary_dim", "16 at most"]),
+        ("gptj", {"rotary_dim": 7}, ["rotary_dim", "even"]),
+        ("gptj", {"rotary_dim": None}, ["rotary_dim"]),
+        ("llama", {"head_dim": 15}, ["head_dim to 16"]),
+        ("mistral", {"head_dim": 32}, ["head_dim to 16"]),
+        ("bloom", {"n_head": 3}, ["n_head", "power of two"]),
+        ("gpt2", {"n_head": 3}, ["the config makes no model", "32"]),
+        ("gemma", {"num_key_value_heads": 3}, ["the config makes no model"]),
+        ("gpt_neo", {"attention_types": [[["global"], 3]]}, ["attention_layers", "num_layers"]),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_together(tmp_path, family, settings, words):
+    """One line, that names what to set where the script knows it."""
+    (script,) = (script for script in SCRIPTS if script.name == "run_clm_flax.py")
+    place = Place(script, tmp_path)
+    configure(place, family)
+    config = json.loads((place.model / "config.json").read_text())
+    (place.model / "config.json").write_text(json.dumps(config | settings))
+    run = place.run("none", model_type=family, max_steps=1)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "none").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------- README
 
 COLUMNS = {  # of the table

@@ -24,6 +24,7 @@ from importlib import import_module
 from pathlib import Path
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+import datasets
 import harness
 import numpy as np
 
@@ -46,6 +47,7 @@ def capture(script, flags: list[str]) -> dict:
         found["train_batches"] = args
         raise Captured
 
+    script.set_up = lambda args: None  # which would log
     train_batches, script.tokenize, script.train_batches = script.train_batches, noted, stop
     try:
         script.main(script.parse_args(flags))
@@ -111,14 +113,16 @@ def measure(args, directory: Path, objective: str) -> dict:
     count = max(1, min(50, len(sequences.ends) // args.rows))
     alone = median_seconds(call_tokenizer, args.repetitions)
     prepared = median_seconds(lambda _: script.tokenize(*found["tokenize"]), args.repetitions)
-    rows = [sequences.input_ids[i : i + sequences.max_length].tolist() for i in sequences.starts[:8].tolist()]
+    ends = sequences.ends[:8].tolist()
+    length = ends[1] - ends[0]  # in the data: T5's is longer than its inputs
+    rows = [sequences.input_ids[end - length : end].tolist() for end in ends]
     by_rows = median_seconds(lambda seed: batch_by_rows(objective, collator, rows, seed), args.repetitions)
     return {
         "tokenizer": num_tokens / alone,
         "prepared": num_tokens / prepared,
         "share": alone / prepared,
-        "batches": count * args.rows * sequences.max_length / median_seconds(batches, args.repetitions),
-        "batches_by_rows": len(rows) * sequences.max_length / by_rows,
+        "batches": count * args.rows * length / median_seconds(batches, args.repetitions),
+        "batches_by_rows": len(rows) * length / by_rows,
     }
 
 
@@ -131,6 +135,7 @@ def main():
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
+    datasets.disable_progress_bars()
     figures, kinds = {}, ("tokenizer", "prepared", "batches", "batches_by_rows")
     print(f"million tokens a second, {args.rows} x {args.length} a batch, medians of {args.repetitions}")
     print(f"{'':12}{'tokenizer':>12}{'prepared':>12}{'share':>8}{'batches':>12}{'by rows':>12}")

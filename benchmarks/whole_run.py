@@ -47,9 +47,9 @@ def simplify(script):
 
     jit = jax.jit
 
-    def init_without_jit(function, *args, **kwargs):
-        plain = getattr(function, "__name__", "") == "init_weights"
-        return function if plain else jit(function, *args, **kwargs)
+    def init_without_jit(*args, **kwargs):
+        plain = args and getattr(args[0], "__name__", "") == "init_weights"
+        return args[0] if plain else jit(*args, **kwargs)
 
     script.loss_sums = loss_sums
     script.FlaxDataCollatorForLanguageModeling.__call__ = mask

@@ -236,7 +236,7 @@ def main() -> int:
     if settings.get("simple"):
         import_module("whole_run").simplify(script)
     status = script.cli(flags)
-    status or "notes" not in settings or notes.write()
+    status or not settings["notes"] or notes.write()
     return status
 
 

@@ -100,7 +100,7 @@ def run(directory: Path, script: str, flags: list[str], env: dict | None = None,
 def start(directory: Path, script: str, flags: list[str], envs: list[dict], **settings) -> list[subprocess.Popen]:
     """A process for each of `envs`, in which XLA_FLAGS and the variables of a cluster may be."""
     (directory / "notes.json").unlink(missing_ok=True)
-    settings |= {"notes": str(directory / "notes.json"), "start": time.time()}
+    settings = {"notes": str(directory / "notes.json"), "start": time.time()} | settings
     (directory / "settings.json").write_text(json.dumps(settings))
     arguments = [sys.executable, __file__, str(directory / "settings.json"), script, *flags]
     given = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(directory / "datasets")}
@@ -112,8 +112,9 @@ def finish(directory: Path, processes: list[subprocess.Popen]) -> dict:
     errors = [process.communicate()[1].decode(errors="replace") for process in processes]
     if any(process.returncode for process in processes):
         sys.exit("\n".join(errors))
-    notes = json.loads((directory / "notes.json").read_text())
-    return {**notes, "process": time.time() - json.loads((directory / "settings.json").read_text())["start"]}
+    seconds = time.time() - json.loads((directory / "settings.json").read_text())["start"]
+    path = directory / "notes.json"
+    return {**(json.loads(path.read_text()) if path.exists() else {}), "process": seconds}
 
 
 # --------------------------------------------------------------------------------------------------------- the child
@@ -235,7 +236,7 @@ def main() -> int:
     if settings.get("simple"):
         import_module("whole_run").simplify(script)
     status = script.cli(flags)
-    status or notes.write()
+    status or not settings["notes"] or notes.write()
     return status
 
 

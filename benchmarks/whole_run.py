@@ -83,7 +83,7 @@ def main():
         for pair in range(args.runs + 1):
             for kind in seconds:
                 shutil.rmtree(directory / "out", ignore_errors=True)
-                found = harness.run(directory, script, flags, simple=kind == "simple")["process"]
+                found = harness.run(directory, script, flags, notes="", simple=kind == "simple")["process"]
                 if pair:
                     seconds[kind].append(found)
     ratios = np.divide(seconds["simple"], seconds["script"])

@@ -1,4 +1,5 @@
-# make quickstart | test | test-oldest | lint | fix-copies | clean, from a fresh clone: Python 3.10 or newer and make suffice.
+# make quickstart | test | test-oldest | lint | fix-copies | clean
+# From a fresh clone: Python 3.10 or newer and make suffice.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,8 +24,8 @@ help:
 	@echo "make format       put files into the style that lint checks"
 	@echo "make fix-copies   write what run_mlm_flax.py shares with the other scripts into them"
 	@echo "make clean        remove what the quickstart and the tools wrote, but not $(VENV)"
-	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) QUICKSTART=$(QUICKSTART) \
-		PYTHON_OLDEST=$(PYTHON_OLDEST) OLDEST=$(OLDEST)"
+	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) QUICKSTART=$(QUICKSTART)"
+	@echo "For the oldest: PYTHON_OLDEST=$(PYTHON_OLDEST) OLDEST=$(OLDEST)"
 
 env: $(INSTALLED)
 

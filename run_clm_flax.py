@@ -387,15 +387,15 @@ def load_model(args, config):
     """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
     options, name, params = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path, {}
     model = explain("the config makes no model", FlaxAutoModelForCausalLM.from_config, **options, _do_init=False)
-    class Unread(type(model)):  # as PyTorch's files are read into an initialized model only; NaN: not in the file
-        def init_weights(self, *_):
-            return jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), model.params_shape_tree)
     if name:
-        load, problem = Unread.from_pretrained, f"{name} has no model of type {config.model_type} that fits its config"
-        old = explain(problem, load, name, **options, **args.hub_options)
-        params = {k: np.asarray(x) for k, x in flatten_dict(old.to_fp32(old.params)).items() if not np.isnan(x).all()}
+        class Unread(type(model)):  # PyTorch's files are read into an initialized model only; NaN: not in the file
+            def init_weights(self, *_):
+                return jax.tree.map(lambda x: np.broadcast_to(np.float32("nan"), x.shape), model.params_shape_tree)
+        problem = f"{name} has no model of type {config.model_type} that fits its config"
+        pre = explain(problem, Unread.from_pretrained, name, **options, **args.hub_options)
+        params = {k: np.asarray(x) for k, x in flatten_dict(pre.to_fp32(pre.params)).items() if not np.isnan(x).all()}
         require(params, f"{problem}: none of its weights")
-        model.generation_config = old.generation_config
+        model.generation_config = pre.generation_config
     if missing := model.required_params - set(params):
         params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
         init = jax.jit(model.init_weights, static_argnums=1)(jax.random.PRNGKey(args.seed), model.input_shape)

@@ -380,11 +380,11 @@ def load_config_and_tokenizer(args):
         require(not args.model_name_or_path, f"{message}: they do not belong together")
         logger.warning(f"{message}: the table is made larger.")
         config.vocab_size = len(tokenizer)
-    positions = config.max_position_embeddings - ("roberta" in found and config.pad_token_id + 1)  # from that id on
+    positions = config.max_position_embeddings - ("roberta" in found and config.pad_token_id + 1)  # after the pad id
     length = args.max_seq_length or min(tokenizer.model_max_length, positions)
     require(length <= positions, f"--max_seq_length {length}: the model has {positions} positions")
     if found == "big_bird" and (length % config.block_size or length <= 11 * config.block_size):
-        config.attention_type = "original_full"  # as in PyTorch: too short for its sparse attention
+        config.update({"attention_type": "original_full"}) or logger.info("Too short for sparse attention: full.")
     found == "roformer" and config.update({"embedding_size": config.hidden_size})  # the only one that Flax has
     return config, tokenizer, length
 
@@ -394,15 +394,15 @@ def load_model(args, config):
     model = explain("the config makes no model", FlaxAutoModelForMaskedLM.from_config, **options, _do_init=False)
     checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
     checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
-    class Unread(type(model)):  # as PyTorch's files are read into an initialized model only; NaN: not in the file
-        def init_weights(self, *_):
-            return jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), model.params_shape_tree)
     if name:
-        load, problem = Unread.from_pretrained, f"{name} has no model of type {config.model_type} that fits its config"
-        old = explain(problem, load, name, **options, **args.hub_options)
-        params = {k: np.asarray(x) for k, x in flatten_dict(old.to_fp32(old.params)).items() if not np.isnan(x).all()}
+        class Unread(type(model)):  # PyTorch's files are read into an initialized model only; NaN: not in the file
+            def init_weights(self, *_):
+                return jax.tree.map(lambda x: np.broadcast_to(np.float32("nan"), x.shape), model.params_shape_tree)
+        problem = f"{name} has no model of type {config.model_type} that fits its config"
+        pre = explain(problem, Unread.from_pretrained, name, **options, **args.hub_options)
+        params = {k: np.asarray(x) for k, x in flatten_dict(pre.to_fp32(pre.params)).items() if not np.isnan(x).all()}
         require(params, f"{problem}: none of its weights")
-        model.generation_config = old.generation_config
+        model.generation_config = pre.generation_config
     if missing := model.required_params - set(params):
         params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
         init = jax.jit(model.init_weights, static_argnums=1)(jax.random.PRNGKey(args.seed), model.input_shape)

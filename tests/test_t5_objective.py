@@ -308,6 +308,7 @@ def model_batch():
         (True, {"transformers_version": "5.1.0"}),
         (True, {"scale_decoder_outputs": True, "transformers_version": "5.1.0"}),
         (False, {"scale_decoder_outputs": False, "transformers_version": "5.1.0"}),
+        (True, {"model_type": "mt5"}),
         (True, {"model_type": "mt5", "transformers_version": "4.57.6"}),
         (False, {"model_type": "mt5", "transformers_version": "5.1.0"}),
     ],

@@ -124,9 +124,9 @@ def write_stream(directory: Path, millions: int, num_words: int):
 
 def measure_memory(millions: list[int], directory: Path) -> dict:
     from training_scripts import LENGTH as SHORT
-    from training_scripts import NUM_WORDS, tiny_roberta
+    from training_scripts import NUM_WORDS, TEMPLATE
 
-    tiny_roberta(directory / "start")
+    TEMPLATE.write_model(directory / "start")
     figures = {}
     print(f"{'million tokens':>16}{'peak MB':>10}{'seconds':>10}")
     for count in millions:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -105,24 +105,22 @@ class Script:
         return ROOT / self.name
 
 
-tiny_roberta = tiny_model(
-    "roberta",
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=LENGTH + 2,  # positions start after the pad id, which is 1
-    type_vocab_size=1,
-    hidden_dropout_prob=0.1,
-    attention_probs_dropout_prob=0.1,
-)
-
 SCRIPTS = [
     Script(
         "run_mlm_flax.py",
         model_type="roberta",
         other_model_type="bert",
-        write_model=tiny_roberta,
+        write_model=tiny_model(
+            "roberta",
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=LENGTH + 2,  # positions start after the pad id, which is 1
+            type_vocab_size=1,
+            hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.1,
+        ),
         no_dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         modules=("transformers.models.roberta.modeling_flax_roberta",),
     ),
@@ -188,20 +186,9 @@ SCRIPTS = [
         width="d_model",
         needs_model_type=False,
     ),
-    Script(
-        "run_mlm_flax_stream.py",
-        model_type="roberta",
-        other_model_type="bert",
-        write_model=tiny_roberta,
-        no_dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
-        modules=("transformers.models.roberta.modeling_flax_roberta",),
-        flags=("--num_eval_samples=16",),
-        is_stream=True,
-    ),
 ]
-
-
 TEMPLATE = SCRIPTS[0]
+SCRIPTS.append(replace(TEMPLATE, name="run_mlm_flax_stream.py", flags=("--num_eval_samples=16",), is_stream=True))
 # For tests of what the scripts have word for word in common, as test_copies.py makes sure.
 template_alone = pytest.mark.only_where.with_args(lambda script, **others: script is TEMPLATE)
 

@@ -47,8 +47,8 @@ NOTES = {
 
 def configure(place: Place, family: str):
     """Writes the configuration of a tiny model, its dropout and kind of attention as the family has them."""
-    left_out = ("drop", "attention_type")  # BigBird's default is sparse
-    settings = {k: v for k, v in FAMILIES[place.script.name][family].items() if not any(x in k for x in left_out)}
+    settings = {name: value for name, value in FAMILIES[place.script.name][family].items() if "drop" not in name}
+    settings.pop("attention_type", None)  # of BigBird: sparse, which is too much for a short text
     tiny_model(family.partition(",")[0], place.script.num_sentinels, **settings)(place.model)
 
 

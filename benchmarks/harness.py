@@ -5,20 +5,23 @@ its notes. Times are in seconds:
 
     imports, data, initialization, compilation   of these parts, until the first step
     to_first_step                                from the command to the end of the first step
-    loop                                         of a step of the run, from the tenth to the last
-    bare                                         of a step of the same program, on a batch that lies ready
+    loop, bare, ratio                            of a step of the run, of a step of the same program on a batch that
+                                                 lies ready, and of the first to the second: medians
     process                                      of the whole run
 
+For these a run of `segment` steps and as many bare steps take turns, so that what else the machine does falls on both.
 `tokens` and `flops` are those of a step on all devices, `product_flops` the rate of a large matrix product.
 """
 
 import json
 import os
+import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +59,8 @@ def write_corpus(directory: Path, megabytes: float) -> Path:
 
 
 def write_model(directory: Path, text: Path, model_type: str, size: str, length: int, vocab_size: int) -> Path:
-    """A folder with a tokenizer, a byte-level BPE with the special tokens of all objectives, and a configuration."""
+    """A folder with a tokenizer, a byte-level BPE with the special tokens of all objectives, and a configuration. The
+    model has `vocab_size` rows also where the text is too small for so many pieces."""
     from transformers import CONFIG_MAPPING
 
     import quickstart
@@ -77,7 +81,7 @@ def write_model(directory: Path, text: Path, model_type: str, size: str, length:
         | {"decoder_ffn_dim": 4 * width, "encoder_attention_heads": heads, "decoder_attention_heads": heads}
         | {"max_position_embeddings": length},
     }
-    config = CONFIG_MAPPING[model_type](vocab_size=len(tokenizer), **ids, **sizes[model_type])
+    config = CONFIG_MAPPING[model_type](vocab_size=max(vocab_size, len(tokenizer)), **ids, **sizes[model_type])
     config.save_pretrained(folder)
     return folder
 
@@ -89,6 +93,27 @@ def command(objective: str, folder: Path, text: Path, output_dir: Path, rows: in
     given |= {"train_file": text, length_flag: length, "per_device_train_batch_size": rows, "do_train": True}
     given |= {"overwrite_output_dir": True, "save_steps": 10**6, "learning_rate": 1e-4, **flags}
     return script, [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
+def processor() -> str:
+    """The processor's name, and its number of cores that this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+
+
+def write_json(path: Path | None, figures):
+    """With the command, the processor and the versions: what benchmarks/tables.py writes into the README."""
+    if path is None:
+        return
+    words = sys.argv[1:]
+    if "--json" in words:
+        del words[words.index("--json") : words.index("--json") + 2]
+    found = {"command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])}
+    found |= {"processor": processor(), "python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in ("jax", "flax", "transformers", "datasets", "tokenizers")}
+    path.write_text(json.dumps(found | {"figures": figures}, indent=1) + "\n")
 
 
 def run(directory: Path, script: str, flags: list[str], env: dict | None = None, **settings) -> dict:
@@ -154,11 +179,11 @@ def product_flops(dtype: str, size: int) -> float:
 
 
 class Notes:
-    """Wraps functions of a script. Settings: `last_step` of the run, for `loop`; `repetitions` of `bare_steps`;
-    `product`, a data type and a size."""
+    """Wraps functions of a script. Settings: `segment`, in steps, for `loop` and `bare`; `product`, a data type and a
+    size."""
 
     def __init__(self, script, settings: dict):
-        self.settings, self.steps, self.times, self.last = settings, 0, {}, None
+        self.settings, self.steps, self.last, self.segments = settings, 0, None, []
         self.found = {"imports": time.time() - settings["start"], "data": 0.0, "initialization": 0.0}
         for kind, names in (("data", DATA), ("initialization", INITIALIZATION)):
             for name in names:
@@ -198,28 +223,29 @@ class Notes:
         self.steps += 1
         if self.steps == 1:
             self.found["compilation"] = time.perf_counter() - begin
-        if self.steps in (1, WARM_UP, self.settings.get("last_step")):
             jax.block_until_ready(self.last)
-            self.times[self.steps] = time.perf_counter(), time.time()
+            self.found["to_first_step"] = time.time() - self.settings["start"]
+        segment = self.settings.get("segment")
+        if segment and self.steps >= WARM_UP and (self.steps - WARM_UP) % segment == 0:
+            jax.block_until_ready(self.last)
+            loop = time.perf_counter() - self.begun if self.steps > WARM_UP else None
+            begin = time.perf_counter()
+            for _ in range(segment):
+                self.last = (*self.step(*self.last), batch)
+            jax.block_until_ready(self.last)
+            self.begun = time.perf_counter()
+            loop and self.segments.append((loop / segment, (self.begun - begin) / segment))
         return self.last[:2]
 
     def write(self):
         import jax
 
-        found, (state, totals, batch) = self.found, self.last
-        found["to_first_step"] = self.times[1][1] - self.settings["start"]
+        found, batch = self.found, self.last[-1]
         found["tokens"] = batch["attention_mask"].size * jax.process_count()
         found["flops"] = count_flops(jax.make_jaxpr(self.countable)(*self.last).jaxpr) * jax.device_count()
-        if "last_step" in self.settings:
-            found["loop"] = (self.times[self.steps][0] - self.times[WARM_UP][0]) / (self.steps - WARM_UP)
-        bare = []
-        for _ in range(self.settings.get("repetitions", 0)):
-            begin = time.perf_counter()
-            for _ in range(self.settings["bare_steps"]):
-                state, totals = self.step(state, totals, batch)
-            jax.block_until_ready((state, totals))
-            bare.append((time.perf_counter() - begin) / self.settings["bare_steps"])
-        found["bare"] = statistics.median(bare) if bare else None
+        if self.segments:
+            found["loop"], found["bare"] = map(statistics.median, zip(*self.segments, strict=True))
+            found["ratio"] = statistics.median(loop / bare for loop, bare in self.segments)
         if "product" in self.settings:
             found["product_flops"] = product_flops(*self.settings["product"])
         memory = [device.memory_stats() for device in jax.local_devices()]

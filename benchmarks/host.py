@@ -13,7 +13,6 @@ In one process without parallel tokenizing, on Python's documentation. Columns, 
 """
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -145,8 +144,7 @@ def main():
             found = figures[objective] = measure(args, Path(name), objective)
             alone, prepared, batches, by_rows = (found[kind] / 1e6 for kind in kinds)
             print(f"{objective:12}{alone:12.2f}{prepared:12.2f}{found['share']:8.0%}{batches:12.1f}{by_rows:12.2f}")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    harness.write_json(args.json, figures)
 
 
 if __name__ == "__main__":

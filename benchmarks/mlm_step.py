@@ -3,11 +3,12 @@
 
     python benchmarks/mlm_step.py [--seconds 45] [--models "2 x 128" "4 x 768"] [--json FILE]
 
-Three train steps of a RoBERTa take turns on one CPU device, each with a state of its own, on the same batches:
+Four train steps of a RoBERTa take turns on one CPU device, each with a state of its own, on the same batches:
 
     script     train_step of run_mlm_flax.py: the head on the masked positions
     one-hot    the plain step: logits of all positions, cross-entropy with one-hot labels times the mask
     indices    the plain step with integer labels in place of one-hot ones
+    threefry   the script's step with dropout from JAX's default generator, threefry2x32, in place of rbg
 
 Model, weights, optimizer (AdamW) and dropout rates are the same, and so are the keys of dropout. Each round runs every
 step once, in a random order, each to its end. Other work on the machine slows all of them down, so the times say
@@ -15,16 +16,14 @@ little, and the ratios of one run a lot; those of processor time, of all threads
 """
 
 import argparse
-import json
 import os
-import platform
 import random
-import shlex
 import statistics
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
@@ -36,6 +35,8 @@ from flax import __version__ as flax_version
 from flax.training.train_state import TrainState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness
+
 import run_mlm_flax as script
 
 ROWS, LENGTH, WARM_UP = 8, 128, 2
@@ -83,6 +84,11 @@ def plain_step(state, totals, batch, model, seed, one_hot: bool = True):
     return state.apply_gradients(grads=grads), {"loss": totals["loss"] + loss, "predicted": predicted}
 
 
+def with_threefry(*args, **kwargs):
+    with mock.patch.object(script, "DROPOUT_PRNG", "threefry2x32"):  # read when the step is traced
+        return script.train_step(*args, **kwargs)
+
+
 def make_steps(layers: int, width: int, heads: int, intermediate: int, vocabulary: int):
     """The batches, and each step as a function of a batch that runs it to its end and returns the mean loss."""
     config = transformers.RobertaConfig(
@@ -111,6 +117,7 @@ def make_steps(layers: int, width: int, heads: int, intermediate: int, vocabular
         "script": partial(script.train_step, num_slots=collator.num_slots, **fixed),
         "one-hot": partial(plain_step, **fixed),
         "indices": partial(plain_step, one_hot=False, **fixed),
+        "threefry": partial(with_threefry, num_slots=collator.num_slots, **fixed),
     }
 
     def run_to_its_end(p_step, states, batch) -> float:
@@ -160,33 +167,21 @@ def measure(size, seconds: float) -> dict:
     return figures
 
 
-def processor() -> str:
-    """The processor's name, and its number of cores that this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=45.0, help="a model; at least ten rounds in any case")
     parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES), help="default: both")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
-    versions = {"python": platform.python_version(), "jax": jax.__version__, "flax": flax_version}
-    versions |= {"optax": optax.__version__, "transformers": transformers.__version__}
-    figures = {"processor": processor(), "versions": versions, "batch": [ROWS, LENGTH], "models": {}}
-    models = shlex.join(args.models)
-    figures["command"] = f"python benchmarks/mlm_step.py --seconds {args.seconds:g} --models {models}"
-    print(figures["command"])
-    print(figures["processor"])
-    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    figures = {}
+    print(
+        f"{harness.processor()}, jax {jax.__version__}, flax {flax_version}, transformers {transformers.__version__}"
+    )
     print(f"batch {ROWS} x {LENGTH}; ratios are to the step of the script, times are medians\n")
     print(f"model    step            ms{'of medians':>12}{'of pairs':>10}{'quartiles':>14}{'CPU':>7}{'demand':>8}")
     for name in args.models:
         *size, demanded = SIZES[name]
-        figures["models"][name] = measured = {"demanded": demanded, **measure(size, args.seconds)}
+        figures[name] = measured = {"demanded": demanded, **measure(size, args.seconds)}
         for step, found in measured["steps"].items():
             low, high = found["quartiles_of_ratios"]
             print(
@@ -195,8 +190,7 @@ def main():
                 f"{found['ratio_of_processor_time']:>7.2f}{demanded if step == 'one-hot' else '':>8}"
             )
         print(f"{'':<9}{measured['rounds']} rounds\n", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    harness.write_json(args.json, figures)
 
 
 if __name__ == "__main__":

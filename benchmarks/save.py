@@ -9,7 +9,6 @@ both files of weights are on the disk, in the background. Medians.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -37,9 +36,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         text = harness.write_corpus(directory, 1)
-        folder = harness.write_model(directory, text, "roberta", args.size, 512, 8000)
-        config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 50265}
-        (folder / "config.json").write_text(json.dumps(config))
+        folder = harness.write_model(directory, text, "roberta", args.size, 512, 50265)
         _, flags = harness.command("masked", folder, text, directory / "out", 8, 512)
         settings = script.parse_args(flags)
         config, tokenizer, _ = script.load_config_and_tokenizer(settings)
@@ -63,8 +60,7 @@ def main():
     figures = {"gigabytes": size / 1e9, **medians, "stopped_to_copy": medians["stopped"] / medians["copy"]}
     print(f"A state of {figures['gigabytes']:.2f} GB, medians of {args.repetitions} saves:")
     print(f"stopped {medians['stopped']:.2f} s, copy {medians['copy']:.2f} s, written {medians['written']:.2f} s")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    harness.write_json(args.json, figures)
 
 
 if __name__ == "__main__":

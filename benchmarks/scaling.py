@@ -10,8 +10,6 @@ Python; medians of the runs. Virtual devices share the cores of one machine: mor
 """
 
 import argparse
-import json
-import os
 import socket
 import statistics
 import tempfile
@@ -41,7 +39,10 @@ def main():
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--size", choices=harness.SIZES, default="small", help="2 layers of 128, or 12 of 768")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument(
+        "--segment", type=int, default=25, help="steps of the run, then as many on the batch that lies"
+    )
+    parser.add_argument("--segments", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
@@ -57,25 +58,22 @@ def main():
         for processes, devices in ((p, d) for p in args.processes for d in args.devices if d >= p):
             script, flags = harness.command(
                 args.objective, folder, text, directory / "out", ROWS // devices, args.length,
-                max_steps=args.steps, logging_steps=20, **({"distributed": True} if processes > 1 else {}),
+                max_steps=harness.WARM_UP + args.segments * args.segment, logging_steps=20,
+                **({"distributed": True} if processes > 1 else {}),
             )  # fmt: skip
             runs = []
             for _ in range(args.runs):
                 started = harness.start(
-                    directory, script, flags, cluster(processes, devices // processes),
-                    last_step=args.steps, repetitions=5, bare_steps=20,
-                )  # fmt: skip
+                    directory, script, flags, cluster(processes, devices // processes), segment=args.segment
+                )
                 runs.append(harness.finish(directory, started))
             bare, loop = (1e3 * statistics.median(run[kind] for run in runs) for kind in ("bare", "loop"))
-            added, ratio = (
-                statistics.median(1e3 * (run["loop"] - run["bare"]) for run in runs),
-                statistics.median(run["loop"] / run["bare"] for run in runs),
-            )
+            ratio = statistics.median(run["ratio"] for run in runs)
+            added = bare * (ratio - 1)
             figures.append({"processes": processes, "devices": devices, "bare_ms": bare, "loop_ms": loop})
             figures[-1] |= {"added_ms": added, "ratio": ratio}
             print(f"{processes:>10}{devices:>9}{bare:>10.1f}{loop:>10.1f}{added:>10.2f}{ratio:>13.3f}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"cores": os.cpu_count(), "runs": figures}, indent=2) + "\n")
+    harness.write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ set up in between.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -39,8 +38,6 @@ def main():
             vocab_size = {"small": 8000, "base": 50265}[size]
             model_type = harness.OBJECTIVES[args.objective][1]
             folder = harness.write_model(directory, text, model_type, size, args.length, vocab_size)
-            grown = json.loads((folder / "config.json").read_text()) | {"vocab_size": vocab_size}
-            (folder / "config.json").write_text(json.dumps(grown))
             script, flags = harness.command(
                 args.objective, folder, text, directory / "out", 8, args.length, max_steps=1, overwrite_cache=True
             )
@@ -59,8 +56,7 @@ def main():
             ratio = statistics.median(warm[-1] / cold[-1] for cold, warm in zip(*runs.values(), strict=True))
             figures[f"{size}, ratio"] = ratio
             print(f"{size}: warm start takes {ratio:.0%} of the cold one, median of pairs", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    harness.write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -357,10 +357,10 @@ TEMPLATE = "run_mlm_flax"
 
 
 def flag_tables(script: str) -> str:
-    """Markdown tables of the flags of a script, from the same source as --help: all, or what the template has not."""
-    known = (
-        [] if script == TEMPLATE else [(f.name, f.default, f.metadata["help"]) for _, g in fields(TEMPLATE) for f in g]
-    )
+    """Markdown tables of the flags of a script, from the same source as --help. Of a training script other than the
+    template: those that the template has not."""
+    alone = script == TEMPLATE or fields(script)[0][0] == "benchmark"
+    known = [] if alone else [(f.name, f.default, f.metadata["help"]) for _, group in fields(TEMPLATE) for f in group]
     left_out = {name for name, _, _ in known} - {field.name for _, group in fields(script) for field in group}
     names = ", ".join(f"`--{name}`" for name, _, _ in known if name in left_out)
     differs = f"As those of `{TEMPLATE}.py`, without {names}, and with:"

@@ -114,7 +114,8 @@ DOCUMENTED = {  # section: script, folder, and its flags beside those that name 
         --overwrite_output_dir --logging_steps="500" --save_steps="2000" --eval_steps="2000" """,
     ),
 }
-OTHER_FLAGS = {"help", "logdir", "output", "millions", "vocab_size", "xla_force_host_platform_device_count"}  # not ours
+# Flags that are not of the scripts.
+OTHER_FLAGS = {"help", "logdir", "output", "millions", "vocab_size", "xla_force_host_platform_device_count"}
 
 
 # ------------------------------------------------------------------------------------------------- the README, read

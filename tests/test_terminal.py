@@ -1,10 +1,13 @@
 """What a run prints: progress bars for a person at a terminal, whole lines for a file."""
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 
 from training_scripts import Place, child_environment, template_alone
 
@@ -27,6 +30,7 @@ def test_progress_bars_at_a_terminal(script, tmp_path):
     place = Place(script, tmp_path)
     command = [sys.executable, str(script.path), *place.flags("out", max_steps=1)]
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # else it has no columns, and bars none
     with subprocess.Popen(command, env=child_environment(), stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         shown = b""

@@ -46,8 +46,8 @@ TRAINING = {  # flags of run_mlm_flax.py
     "weight_decay": 0.01,
     "adam_beta2": 0.98,
     "max_steps": 4000,
-    "logging_steps": 500,
-    "eval_steps": 1000,
+    "logging_steps": 200,
+    "eval_steps": 500,
     "save_steps": 1000,
 }
 

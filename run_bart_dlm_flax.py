@@ -7,10 +7,9 @@ places, spans of tokens, 30% of them all, become one mask token each, and the mo
 """
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.11", "numpy>=2,<3",
-#     "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11.16,<0.13", "safetensors>=0.5,<1", "sentencex>=1.0.11,<2",
-#     "tensorboard>=2.19,<3", "transformers>=4.57.1,<5"]
+# dependencies = ["datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.11",
+#     "numpy>=2,<3", "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11.16,<0.13", "safetensors>=0.5,<1",
+#     "sentencex>=1.0.11,<2", "tensorboard>=2.19,<3", "transformers>=4.57.1,<5"]
 # ///
 
 import json
@@ -79,7 +78,7 @@ class ModelArguments:
     tokenizer_name: str | None = HfArg(default=None, help="Hub id or folder of a tokenizer, if not the model's.")
     cache_dir: str | None = HfArg(default=None, help="For downloads, tokenized data and compiled programs.")
     token: str | None = HfArg(default=None, help="Hub token for private models and datasets.", repr=False)
-    use_fast_tokenizer: bool = HfArg(default=True, help="Use a tokenizer of the tokenizers library.")
+    use_fast_tokenizer: bool = HfArg(default=True, help="Whether to use a tokenizer of the tokenizers library.")
     dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="Activations; weights: float32.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model or dataset.")
 
@@ -137,14 +136,19 @@ class TrainingArguments:
     hub_model_id: str | None = HfArg(default=None, help="Repository to upload to. Default: output_dir's name.")
     hub_token: str | None = HfArg(default=None, help="Hub token for uploads. Default: token, or login.", repr=False)
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: list[str]):
     """All settings, from the command line or from one .json file of them. Raises InputError."""
-    argv = sys.argv[1:] if argv is None else argv
     if len(argv) == 1 and argv[0].endswith(".json"):
         settings = explain(f"{argv[0]}: no JSON object", lambda: json.loads(Path(argv[0]).read_text("utf-8")).items())
         argv = [f"--{name}={value}" for name, value in settings if value is not None]
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments), allow_abbrev=False)
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments), allow_abbrev=False,
+        description=__doc__.partition("\n\n")[0], usage="%(prog)s --output_dir DIR [--FLAG VALUE ...] | FILE.json")
     parser.error = partial(require, False)  # argparse would print the usage of sixty flags before its line
+    for action in parser._actions if {"-h", "--help"} & {*argv} else ():  # shown in one spelling, switches as such
+        argv, action.option_strings = ["--help"], action.option_strings[:1]
+        action.metavar = None if action.choices else action.dest.split("_")[-1].upper()
+        action.nargs = 0 if isinstance(action.const, bool) else action.nargs
+        action.help += "%(default).0s" * (str(action.default) in ("None", "False"))  # mentioned here, so not added
     args, rest = parser.parse_known_args(argv)
     unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]  # not values: they may be secrets
     require(not rest, f"unknown arguments: {' '.join(unknown) or 'a value without a flag'}")
@@ -528,8 +532,7 @@ class Saver(ThreadPoolExecutor):
     def save(self, state, step: int, last: bool, **more):
         """Returns as soon as `state` is copied from the device and the save before is written; `more` goes along."""
         state = jax.tree.map(lambda x: x.addressable_shards[0].data, state)  # without the program that x[0] runs
-        jax.tree.map(lambda x: x.copy_to_host_async(), state)  # all transfers at once
-        state = jax.tree.map(lambda x: np.array(x)[0, ...], state)
+        state = jax.tree.map(lambda x: np.array(x)[0, ...], jax.device_get(state))  # all transfers at once
         self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
         self.saving = self.submit(self.write, state, step, last, {**self.run, **more})
     def write(self, state, step: int, last: bool, run: dict):
@@ -561,9 +564,8 @@ def find_checkpoints(args) -> list[Path]:
     ours = ours or output_dir in {Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name}
     empty = parent != output_dir or not any(output_dir.iterdir())
     require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
-    path = Path(wanted or output_dir).absolute()
-    found = (path for path in (*path.parent.glob(path.name), *path.glob("checkpoints/*")) if path.name.isdigit())
-    found = [path for path in found if path.parent.name == "checkpoints"]
+    path, pattern = Path(wanted or output_dir).absolute(), "checkpoints/*"
+    found = [p for p in (path, *path.glob(pattern)) if p.match(pattern) and p.name.isdigit() and p.exists()]
     require(found or wanted is None, f"--resume_from_checkpoint {path}: it has no checkpoint")
     return [] if args.overwrite_output_dir and wanted is None else sorted(found, key=lambda path: -int(path.name))
 
@@ -612,7 +614,7 @@ def set_up(args):
 def main(args) -> int:
     set_up(args)
     is_writer = not args.distributed or jax.process_index() == 0  # no devices yet: data is read by forked processes
-    output_dir, step, stopping, caught = Path(args.output_dir), 0, 0, []  # caught: signals, for the loop to stop at
+    output_dir, stopping, caught = Path(args.output_dir), 0, []  # caught: signals, for the loop to stop at
     checkpoints = find_checkpoints(args) if is_writer else []
     upload = connect_hub(args) if args.push_to_hub and is_writer else None
     config, tokenizer, max_length = load_config_and_tokenizer(args)
@@ -632,12 +634,10 @@ def main(args) -> int:
     state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
     run = json.loads(config.to_json_string()) | {"transformers_version": None, "architectures": None}
     run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
-    if checkpoints and args.do_train:
-        state, step = restore(checkpoints, state, run)
-    if jax.process_count() > 1:
-        state, step = multihost_utils.broadcast_one_to_all((state, step))
+    state, step = restore(checkpoints, state, run) if checkpoints and args.do_train else (state, 0)
+    state, step = multihost_utils.broadcast_one_to_all((state, step))
     copies = lambda x: np.broadcast_to(x, (jax.local_device_count(), *np.shape(x)))  # noqa: E731
-    state, first_step = shard(jax.tree.map(copies, state)), int(step)
+    state, step = shard(jax.tree.map(copies, state)), (first_step := int(step))
     saver = Saver(args, model, tokenizer, run, first_step, upload) if args.do_train and is_writer else None
     log = TrainingLog(output_dir)
     fixed = {"model": model, "checkpointing": args.gradient_checkpointing}
@@ -682,7 +682,7 @@ def main(args) -> int:
         explain("--push_to_hub: the last upload failed, output_dir has it all", upload, "End of training")
     return 128 + max([stopping, *caught]) if stopping or caught else 0
 
-def cli(argv: list[str] | None = None) -> int:
+def cli(argv: list[str]) -> int:
     """Runs `main`. What a user can mend is one line: status 2 for the command line, 1 for data or environment."""
     args = None
     for number in (signal.SIGTERM, signal.SIGINT):  # until training starts
@@ -696,4 +696,4 @@ def cli(argv: list[str] | None = None) -> int:
         return 1 if args else 2
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(cli(sys.argv[1:]))

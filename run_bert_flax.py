@@ -60,10 +60,16 @@ class BenchmarkArguments:
     num_iters: int = HfArg(default=100, help="Passes that are timed.")
     seed: int = HfArg(default=42, help="Of the tokens, and of weights where there are none to load.")
 
-def read_args(argv: list[str] | None = None) -> BenchmarkArguments:
+def read_args(argv: list[str]) -> BenchmarkArguments:
     """The settings of the command line. Raises InputError."""
-    parser = HfArgumentParser(BenchmarkArguments, allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser = HfArgumentParser(BenchmarkArguments, allow_abbrev=False,
+        description=__doc__.partition("\n\n")[0], usage="%(prog)s [--FLAG VALUE ...]")
     parser.error = partial(require, False)
+    for action in parser._actions if {"-h", "--help"} & {*argv} else ():  # shown in one spelling, switches as such
+        argv, action.option_strings = ["--help"], action.option_strings[:1]
+        action.metavar = None if action.choices else action.dest.split("_")[-1].upper()
+        action.nargs = 0 if isinstance(action.const, bool) else action.nargs
+        action.help += "%(default).0s" * (str(action.default) in ("None", "False"))  # mentioned here, so not added
     args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     require(not rest, f"unknown arguments: {' '.join(rest)}")
     for name, least in (("batch_size", 1), ("seq_length", 1), ("num_warmup", 0), ("num_iters", 1), ("seed", 0)):
@@ -200,7 +206,7 @@ def run(args) -> int:
         print(f"bfloat16 is {medians['float32'] / medians['bfloat16']:.2f} times as fast as float32.")
     return 0
 
-def cli_of_benchmark(argv: list[str] | None = None) -> int:
+def cli_of_benchmark(argv: list[str]) -> int:
     """Runs `run`. What a user can mend is one line: status 2 for the command line, 1 for the model."""
     args = None
     try:
@@ -211,4 +217,4 @@ def cli_of_benchmark(argv: list[str] | None = None) -> int:
         return 1 if args else 2
 
 if __name__ == "__main__":
-    sys.exit(cli_of_benchmark())
+    sys.exit(cli_of_benchmark(sys.argv[1:]))

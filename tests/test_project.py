@@ -1,11 +1,14 @@
 """The promises that every script keeps: standalone, documented dependencies, short, executable."""
 
 import ast
+import dataclasses
+import importlib
 import os
 import re
 import subprocess
 import sys
-from collections import defaultdict
+import typing
+from collections import Counter, defaultdict
 from functools import cache
 from importlib import metadata as installed
 from pathlib import Path
@@ -122,6 +125,77 @@ def test_script_is_short(script):
     functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     main = functions.get("main") or functions["run"]  # what only measures is no copy of the others' main
     assert main.end_lineno - main.lineno + 1 <= 100
+
+
+def argument_groups(script: Path) -> dict[str, list[str]]:
+    """Title of each group of flags to the flags, with those that turn off what is on by default."""
+    module, found = importlib.import_module(script.stem), {}
+    for name in ("ModelArguments", "DataTrainingArguments", "TrainingArguments", "BenchmarkArguments"):
+        if group := getattr(module, name, None):
+            fields = [(f.name, f.default is True) for f in dataclasses.fields(group)]
+            flags = [flag for name, on in fields for flag in (name, *([f"no_{name}"] if on else []))]
+            found[group._argument_group_name] = [f"--{flag}" for flag in flags]
+    return found
+
+
+def settings_of(module):
+    """Its function from a command line to settings."""
+    return getattr(module, "parse_args", None) or module.read_args
+
+
+def shown_groups(text: str) -> dict[str, list[str]]:
+    """The same, as the text of --help has it."""
+    parts = re.split(r"(?m)^(\w+):\n", text)
+    return {title: re.findall(r"(?m)^  (--\w+)", part) for title, part in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+@each_script
+def test_help_is_readable(script, run_script):
+    """As a process: 80 columns, each flag once and in its group, nothing to do with any library."""
+    done = run_script([script.name, "--help"], env={"COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": None})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert done.stdout.startswith(f"usage: {script.name} ")
+    description = ast.get_docstring(ast.parse(script.read_text()), clean=False).partition("\n\n")[0]
+    assert " ".join(description.split()) in " ".join(done.stdout.split())
+    groups = shown_groups(done.stdout)
+    assert {title: flags for title, flags in groups.items() if title != "options"} == argument_groups(script)
+    assert groups["options"] == []  # -h
+    assert Counter(re.findall(r"--\w[\w-]*", "".join(done.stdout.partition("options:")[1:]))).most_common(1)[0][1] == 1
+
+
+@each_script
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_says_what_a_flag_takes(script, columns, capsys, monkeypatch):
+    """A word for its value, none for a switch; the choices; a default if it is neither None nor False."""
+    module = importlib.import_module(script.stem)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        settings_of(module)(["--seed=3", "-h"])  # wherever it stands
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines()[1:])) <= columns  # the first has the name of the tests' program
+    entries = [" ".join(entry.split()) for entry in re.findall(r"(?m)^  --.*(?:\n    .*)*", text)]
+    shown = {flag: rest for flag, _, rest in (entry.partition(" ") for entry in entries)}
+    assert shown["--seed"].startswith("SEED ")
+    groups = [getattr(module, name) for name in dir(module) if name.endswith("Arguments")]
+    for field in (field for group in groups for field in dataclasses.fields(group)):
+        choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
+        value = "" if field.type is bool else f"{{{','.join(choices)}}} " if choices else r"[\[\]A-Z0-9]+ "
+        said = not (field.default in (dataclasses.MISSING, None) or field.default is False)
+        default = re.escape(f" (default: {field.default})") if said else ""
+        pattern = re.compile(value.replace("{", r"\{") + re.escape(field.metadata["help"]) + default)
+        assert pattern.fullmatch(shown[f"--{field.name}"]), field.name
+
+
+@each_script
+def test_flags_may_be_dashed(script):
+    module = importlib.import_module(script.stem)
+    flag = "--batch-size=2" if script.name == "run_bert_flax.py" else "--max-steps=2"
+    with pytest.raises(module.InputError, match=r"^(?!unknown)"):
+        settings_of(module)([flag, "--seed=-1"])
+    with pytest.raises(module.InputError, match=r"^unknown arguments: --no-such-flag"):
+        settings_of(module)(["--output-dir=x"] * (flag == "--max-steps=2") + [flag, "--no-such-flag"])
 
 
 def test_no_tracked_file_names_a_path_of_one_machine():

@@ -15,8 +15,8 @@ shapes, nothing is allocated or run. Columns, in GB of 10^9 bytes:
 XLA's compiler for CPUs differs from those for GPUs and TPUs in two ways that matter here. It orders operations for
 concurrency: here it is asked for two orders, for memory and for concurrency, and the smaller plan counts. And its
 passes merge the recomputation of --gradient_checkpointing with the first computation: here they are told not to (see
-clm_memory.py). Still, it is a plan for a CPU: other devices fuse other operations, and their bfloat16 products need no
-float32 copies.
+clm_memory.py). Still, it is a plan for a CPU: other devices fuse other operations, and may need no float32 copies of
+bfloat16 operands.
 """
 
 import argparse

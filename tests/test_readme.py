@@ -1,12 +1,15 @@
-"""The README is true: its code blocks run from top to bottom, its flags exist, its links lead somewhere.
+"""The README is true: its code blocks run from top to bottom, its flags exist, its links lead somewhere, and so are
+CONTRIBUTING.md's; the messages that it explains are those of the scripts.
 
 The blocks run in one temporary folder, with a copy of the scripts, as a reader would run them, but for what the tables
 below replace: sizes, and what needs a network or never ends. A new value in the README needs no change here unless it
 is large. `python tests/test_readme.py` writes the tables of flags anew.
 """
 
+import ast
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +28,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("run_*.py"))
 
 # Smaller values of flags of the training scripts, in commands and JSON files. All other flags stay as written.
@@ -62,9 +66,17 @@ SHELL = {
     ". .venv/bin/activate": "type python | grep bin/python",  # the environment of the tests is active
     "tensorboard --logdir": "tensorboard --inspect --logdir",  # lists what is there, and ends
     "127.0.0.1:12321": None,  # a port that is free
+    "srun ": "./srun ",  # see SRUN
     "--vocab_size 32000": "--vocab_size 500",
     "run_bert_flax.py": "run_bert_flax.py --batch_size=2 --seq_length=8 --num_warmup=0 --num_iters=1",
 }
+SRUN = """\
+#!/bin/sh
+# Stands in for SLURM's: starts a command as two processes on this machine, with the variables that JAX reads.
+export SLURM_JOB_ID=$$ SLURM_STEP_NODELIST=127.0.0.1 SLURM_NTASKS=2
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" &
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" && wait $!
+"""
 ADDED = ("inspect", "dry", "directory", "batch_size", "seq_length", "num_warmup", "num_iters")  # flags in these
 LINES = {"train.txt": 40, "validation.txt": 8}  # of the corpus
 LEFT_OUT = ("XLA_FLAGS", "MAKEFLAGS", "CI")  # in CI, Transformers prints its warnings twice, and once more aloud
@@ -74,6 +86,8 @@ NOT_RUN = {  # section: the reason, as the comment before the block gives it
     "Use the model": "needs PyTorch and Transformers 5, which has no Flax classes",
     "Upload to the Hub": "needs an account; tests/test_hub.py trains against a stand-in for the Hub",
     "Models": "the second environment has PyTorch and Transformers 5, which has no Flax classes",
+    "Datasets": "needs the Hub; the tests run offline, on folders and files",
+    "Where to run": "needs a TPU pod",
 }
 DOCUMENTED = {  # section: script, folder, and its flags beside those that name folders
     "Train": (
@@ -114,8 +128,22 @@ DOCUMENTED = {  # section: script, folder, and its flags beside those that name 
         --overwrite_output_dir --logging_steps="500" --save_steps="2000" --eval_steps="2000" """,
     ),
 }
-# Flags that are not of the scripts.
-OTHER_FLAGS = {"help", "logdir", "output", "millions", "vocab_size", "xla_force_host_platform_device_count"}
+OTHER_FLAGS = {"help", "logdir", "vocab_size", "xla_force_host_platform_device_count"}  # not of the scripts
+OTHER_FLAGS |= {"nodes", "ntasks", "gpus", "time", "signal", "dry", "worker", "command"}  # as far as the first dash
+OTHER_FLAGS |= {
+    flag
+    for path in (ROOT / "benchmarks").glob("*.py")
+    for flag in re.findall(r'add_argument\(\s*"--(\w+)"', path.read_text(encoding="utf-8"))
+}
+SOURCES = {  # library: where its messages are; None: in no Python file, or in no installed package
+    "datasets": ("datasets", "load.py"),
+    "huggingface_hub": ("huggingface_hub", "utils/_http.py"),
+    "transformers": ("transformers", "configuration_utils.py"),
+    "jax": ("jax", "_src/xla_bridge.py", "_src/distributed.py"),
+    "Python": None,
+    "libtpu": None,
+    "XLA": None,
+}
 
 
 # ------------------------------------------------------------------------------------------------- the README, read
@@ -158,7 +186,9 @@ def read_blocks(text: str) -> list[Block]:
 
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = read_blocks(TEXT)
-PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+DOCUMENTS = {path.name: path.read_text(encoding="utf-8") for path in (README, CONTRIBUTING)}
+PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL) for name, text in DOCUMENTS.items()}
+each_document = pytest.mark.parametrize("document", DOCUMENTS)
 
 
 def block_of(section: str, language: str) -> Block:
@@ -174,6 +204,8 @@ def place(tmp_path_factory, corpus) -> Path:
     directory = tmp_path_factory.mktemp("readme")
     for name in (*SCRIPTS, "t5_tokenizer_model", "quickstart"):
         shutil.copy(ROOT / f"{name}.py", directory)
+    (directory / "srun").write_text(SRUN)
+    (directory / "srun").chmod(0o755)
     (directory / "quickstart" / "corpus").mkdir(parents=True)
     for name, count in LINES.items():
         lines = (corpus / name).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
@@ -239,6 +271,15 @@ def apply(block: Block, directory: Path):
     compile((directory / name).read_text(encoding="utf-8"), name, "exec")
 
 
+def parse(code: str):
+    """Of commands that are not run: the shell's syntax, and what the scripts make of their flags."""
+    subprocess.run(["bash", "-n", "-c", code], check=True)
+    for line in code.replace("\\\n", "").splitlines():
+        words = shlex.split(line)
+        if words[:1] == ["python"] and words[1].startswith("run_"):
+            importlib.import_module(words[1].removesuffix(".py")).parse_args(words[2:])
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_block(block, place, tmp_path):
     kind, _, value = block.note.partition(": ")
@@ -247,6 +288,8 @@ def test_block(block, place, tmp_path):
         assert block.language in ("python", "sh")
         if block.language == "python":
             compile(block.code, str(block), "exec")
+        else:
+            parse(block.code)
         pytest.skip(value)
     if block.language == "sh":
         assert kind == ""
@@ -275,6 +318,13 @@ def test_block(block, place, tmp_path):
         unlisted = {name for name in found if not any(Path(name).match(pattern.rstrip("/")) for pattern in listed)}
         assert unlisted == set()
         assert [pattern for pattern in listed if not list((place / value).glob(pattern.rstrip("/")))] == []
+
+
+@pytest.mark.parametrize("block", read_blocks(DOCUMENTS[CONTRIBUTING.name]), ids=str)
+def test_block_of_contributing(block):
+    assert (block.language, block.note) == ("sh", "")
+    collected = block.code.replace("python -m pytest", "python -m pytest --collect-only -p no:cacheprovider")
+    run(["bash", "-euo", "pipefail", "-c", scaled_shell(collected)], ROOT)
 
 
 def test_scalars_are_those_of_the_logs(place):
@@ -409,33 +459,94 @@ def test_tables_have_every_flag(script):
 def test_every_flag_exists():
     ours = {field.name for script in SCRIPTS for _, group in fields(script) for field in group}
     ours |= {f"no_{field.name}" for s in SCRIPTS for _, group in fields(s) for field in group if field.default is True}
-    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", TEXT))
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", "".join(DOCUMENTS.values())))
     assert named - ours - OTHER_FLAGS == set()
     assert OTHER_FLAGS - named == set()
 
 
-def test_links_lead_somewhere():
-    anchors = {slug(heading) for heading in re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)}
-    links = re.findall(r"\]\(([^)\s]+)\)", PROSE)
-    assert len(links) > 10
-    assert [link for link in links if link.startswith("#") and link[1:] not in anchors] == []
-    files = [link for link in links if not link.startswith(("#", "https://"))]
-    assert [link for link in files if not (ROOT / link).exists()] == []
+@each_document
+def test_links_lead_somewhere(document):
+    anchors = {
+        name: {slug(line) for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)} for name, text in PROSE.items()
+    }
+    links = re.findall(r"\]\(([^)\s]+)\)", PROSE[document])
+    assert len(links) > 5
+    for link in links:
+        name, _, anchor = link.partition("#")
+        if not link.startswith("https://"):
+            assert not name or (ROOT / name).exists(), link
+            assert not anchor or anchor in anchors[name or document], link
 
 
-def test_named_files_exist():
+@each_document
+def test_named_files_exist(document):
     """Files of the project that are named in the running text, and targets of make."""
-    named = re.findall(r"`((?:tests/|benchmarks/)?\w+\.(?:py|txt)|Makefile)`", PROSE)
+    named = re.findall(r"`((?:tests/|benchmarks/)?\w+\.(?:py|txt)|Makefile|\.ci/\w+)`", PROSE[document])
     corpus = set(LINES)
     assert [name for name in named if name not in corpus and not (ROOT / name).exists()] == []
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"\bmake (\w+)$", TEXT, re.MULTILINE)) <= set(targets)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([\w-]+)[`\n]", DOCUMENTS[document])) <= {*targets, "and"}
 
 
-def test_lines_are_short():
+@each_document
+def test_lines_are_short(document):
     """To be read as plain text, too; rows of tables may be longer, and lines of the scripts."""
     diffs = {line for block in BLOCKS if block.language == "diff" for line in block.code.splitlines()}
-    assert [line for line in {*TEXT.splitlines()} - diffs if len(line) > 105 and not line.startswith("|")] == []
+    lines = {*DOCUMENTS[document].splitlines()} - diffs
+    assert [line for line in lines if len(line) > 105 and not line.startswith("|")] == []
+
+
+# ------------------------------------------------------------------------------------------------- messages
+
+
+DIFFERS = re.compile(r"(?<![A-Z])(?:COLUMN|FILE|FLAG|FOLDER|KEY|NAMES|NAME|N|REASON|SPLIT|TYPE|VALUE)(?![A-Z])")
+
+
+def messages(title: str) -> list[list[str]]:
+    """Rows of a table of messages: the message and the other cells."""
+    (table,) = re.findall(rf"(?s)<!-- messages of {title} -->\n\n(.*?)\n\n", TEXT)
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    return [[row[0].strip("`"), *row[1:]] for row in rows]
+
+
+def literals(path: Path) -> list[str]:
+    """The texts in a module, with a null character for each value that an f-string puts in."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+def occurs(message: str, texts: list[str]) -> bool:
+    """In one text, or in parts: a message may be put together of several, at a comma, a colon or a value."""
+    if any(DIFFERS.sub("\0", message) in text for text in texts):
+        return True
+    parts = [part.strip() for part in re.split(r"\0|[,:] ", DIFFERS.sub("\0", message)) if part.strip()]
+    return max(map(len, parts)) >= 10 and all(any(part in text for text in texts) for part in parts)
+
+
+@pytest.mark.parametrize("message", [row[0] for row in messages("the scripts")])
+def test_message_is_one_of_ours(message):
+    assert any(occurs(message, literals(ROOT / f"{script}.py")) for script in SCRIPTS)
+
+
+@pytest.mark.parametrize(("message", "library"), [row[:2] for row in messages("libraries")])
+def test_message_is_one_of_a_library(message, library):
+    if SOURCES[library] is None:
+        pytest.skip(f"{library}: no Python file has its messages")
+    package, *files = SOURCES[library]
+    directory = Path(importlib.util.find_spec(package).origin).parent
+    assert any(occurs(message, literals(directory / file)) for file in files)
+
+
+def test_messages_that_are_not_there_are_noticed():
+    texts = literals(ROOT / "run_mlm_flax.py")
+    assert occurs("no data: give --dataset_name or --train_file", texts)
+    assert not occurs("no data: give --dataset_names or --train_file", texts)
+    assert not occurs("too much training data: N sequences of N tokens", texts)
 
 
 if __name__ == "__main__":

@@ -620,9 +620,9 @@ def main(args) -> int:
     p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
     evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)
     if args.do_train:
-        num_params, devices = sum(x.size for x in jax.tree.leaves(params)), jax.device_count()
-        logger.info(f"Training {num_params:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "
-                    f"{devices} devices x {shape[0]} x {shape[1]} = {batch_size}, an epoch {steps_per_epoch} steps.")
+        count, where = sum(x.size for x in jax.tree.leaves(params)), f"{jax.device_count()} {jax.default_backend()}"
+        logger.info(f"Training {count:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "
+                    f"{where} devices x {shape[0]} x {shape[1]} = {batch_size}, an epoch {steps_per_epoch} steps.")
         zeros = totals = shard(dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), copies(np.float32(0))))
         for number in (signal.SIGTERM, signal.SIGINT):  # noted, for the loop to save and stop; a second one kills
             signal.signal(number, lambda number, _: (caught.append(number), signal.signal(number, signal.SIG_DFL)))

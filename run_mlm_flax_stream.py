@@ -615,8 +615,8 @@ def main(args) -> int:
     eval_set, *left = (validation or train).first(limit, min(limit, 1) if validation else limit)
     eval_set, left = eval_set[: args.max_eval_samples], ([], left[1][:0]) if validation else left
     shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
-    batch_size, rank = jax.device_count() * math.prod(shape), jax.process_index()
-    num_steps = args.max_steps if args.max_steps > 0 else args.num_train_steps
+    batch_size, where = jax.device_count() * math.prod(shape), f"{jax.device_count()} {jax.default_backend()}"
+    num_steps, rank = args.max_steps if args.max_steps > 0 else args.num_train_steps, jax.process_index()
     model, params = load_model(args, config)
     optimizer, schedule = make_optimizer(args, num_steps)
     state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
@@ -642,7 +642,7 @@ def main(args) -> int:
     evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)
     if args.do_train:
         logger.info(f"Training {sum(x.size for x in jax.tree.leaves(params)):,} parameters, steps {first_step} to "
-                    f"{num_steps} of {jax.device_count()} x {shape[0]} x {shape[1]} blocks of {max_length} tokens.")
+                    f"{num_steps} of {where} devices x {shape[0]} x {shape[1]} blocks of {max_length} tokens.")
         zeros = totals = shard(dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), copies(np.float32(0))))
         for number in (signal.SIGTERM, signal.SIGINT):  # noted, for the loop to save and stop; a second one kills
             signal.signal(number, lambda number, _: (caught.append(number), signal.signal(number, signal.SIG_DFL)))

@@ -40,7 +40,7 @@ import harness
 import run_mlm_flax as script
 
 ROWS, LENGTH, WARM_UP = 8, 128, 2
-TOLERANCE = 0.02  # of the first losses, which dropout may set apart; exact equality is for the tests to show
+TOLERANCE = 0.05  # of the first losses, which dropout may set apart; exact equality is for the tests to show
 SIZES = {  # name: layers, width, heads, intermediate width, vocabulary, and the ratio that the project demands
     "2 x 128": (2, 128, 2, 512, 8_000, 2.0),
     "4 x 768": (4, 768, 12, 3072, 30_000, 1.4),

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Seconds from the command to the end of the first step, with a cold and with a warm compilation cache.
+"""Seconds from the command to the first step, with a cold and with a warm compilation cache.
 
     python benchmarks/startup.py [--objective masked] [--sizes small base] [--runs 3] [--json FILE]
 
 Whole runs of a script over a megabyte of text, by turns with an empty cache of compiled programs and with that of the
 run before; texts are tokenized anew in each. Medians of the runs; `other` is Python's start, the devices', and what is
-set up in between.
+set up in between. `all` ends when the first step is under way; how long it then takes is not part of it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
     figures = {}
-    columns = (*PARTS, "first step and other", "all")
+    columns = (*PARTS, "other", "all")
     print(f"seconds to the first step of {args.objective} language modeling, medians of {args.runs} runs")
     print(f"{'':12}" + "".join(f"{name:>{len(name) + 3}}" for name in columns))
     with tempfile.TemporaryDirectory() as name:

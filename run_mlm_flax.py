@@ -314,7 +314,7 @@ def encode(batch, tokenizer, max_length: int, line_by_line: bool, whole_words: b
             marks[i][1:] = (words[1:] == words[:-1]) & (words[1:] >= 0)
         if "refs" in batch:
             marks[i][[position for position in batch["refs"][row] if position < len(marks[i])]] = 1
-    return {"input_ids": encoded["input_ids"], "continues_word": marks}
+    return {"input_ids": encoded["input_ids"], "continues_word": [x.tolist() for x in marks]}  # arrays store slowly
 
 class Sequences(NamedTuple):
     """Tokenized sequences end to end, so that a batch is one NumPy gather."""

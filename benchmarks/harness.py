@@ -131,7 +131,8 @@ def start(directory: Path, script: str, flags: list[str], envs: list[dict], **se
     arguments = [sys.executable, __file__, str(directory / "settings.json"), script, *flags]
     given = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(directory / "datasets")}
     given |= {"JAX_COMPILATION_CACHE_DIR": str(directory / "compiled")}
-    return [subprocess.Popen(arguments, env={**os.environ, **given, **env}, stderr=subprocess.PIPE) for env in envs]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}  # Gloo writes to the former
+    return [subprocess.Popen(arguments, env={**os.environ, **given, **env}, **pipes) for env in envs]
 
 
 def finish(directory: Path, processes: list[subprocess.Popen]) -> dict:

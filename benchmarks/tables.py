@@ -9,6 +9,7 @@ test_benchmarks.py makes sure that the README holds what the files say.
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,8 +108,9 @@ def measured(name: str) -> str:
     """The table of a file, and how it came about."""
     found = json.loads((RESULTS / f"{name}.json").read_text())
     kind = re.match(r"python benchmarks/(\w+)\.py", found["command"])[1]
-    about = f"`{found['command']}`: {found['processor']}, JAX {found['jax']}.\n"
-    return f"\n{TABLES[kind](found['figures'])}\n{about}\n"
+    about = f"`{found['command']}`: {found['processor']}, JAX {found['jax']}."
+    about = textwrap.fill(about, 103, break_on_hyphens=False, break_long_words=False)
+    return f"\n{TABLES[kind](found['figures'])}\n{about}\n\n"
 
 
 def fill(text: str) -> str:

@@ -82,7 +82,7 @@ def draw(model_dir: Path, output: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, help="the output directory of a run")
     parser.add_argument("--output", type=Path, required=True, help="the file to write, .svg")
     args = parser.parse_args()

@@ -480,6 +480,7 @@ def small_disk(tmp_path):
 
 def check_failed_save(run, output_dir: Path, first: int):
     assert run.returncode == 1, run.stderr
+    assert len(run.lines) == 1, run.stderr
     (line,) = run.lines
     assert str(output_dir) in line
     check_whole(output_dir)

@@ -597,7 +597,7 @@ def set_up(args):
         explain("--distributed", jax.distributed.initialize, **{key: int(x) for key, x in found.items() if x})
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level="ERROR", force=True)
     logger.setLevel("ERROR" if args.distributed and jax.process_index() else "INFO")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax 0.12 logs what it raises, and leaves reads pending:
+    [logging.getLogger(name).setLevel("CRITICAL") for name in ("absl", "asyncio")]  # Orbax 0.12 leaves tasks behind:
     sys.unraisablehook = lambda error: "loop is closed" in str(error.exc_value) or sys.__unraisablehook__(error)
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)

@@ -1,14 +1,13 @@
 """The tokenizer in the manner of T5's: what it promises, in the words of the T5 paper and of SentencePiece."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
+from training_scripts import run_at_terminal
 from transformers import AutoTokenizer, T5Config, T5TokenizerFast
 
 from t5_tokenizer_model import SentencePieceUnigramTokenizer, main
@@ -111,21 +110,8 @@ def test_show_progress_is_obeyed(show, corpus):
         "import sys; from t5_tokenizer_model import SentencePieceUnigramTokenizer as T\n"
         f"T().train([sys.argv[1]], vocab_size={SIZE}, show_progress={show})"
     )
-    parent, child = os.openpty()
-    done = subprocess.Popen(
-        [sys.executable, "-c", code, str(corpus / "validation.txt")],
-        stdin=subprocess.DEVNULL, stdout=child, stderr=child, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    os.close(child)
-    seen = b""
-    try:
-        while chunk := os.read(parent, 4096):
-            seen += chunk
-    except OSError:  # how Linux tells that the other end is closed
-        pass
-    os.close(parent)
-    assert done.wait() == 0, seen
-    assert bool(seen) == show
+    command = [sys.executable, "-c", code, str(corpus / "validation.txt")]
+    assert bool(run_at_terminal(command, cwd=Path(__file__).parents[1])) == show
 
 
 def check_t5(loaded, size: int):

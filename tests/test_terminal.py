@@ -1,15 +1,9 @@
 """What a run prints: progress bars for a person at a terminal, whole lines for a file."""
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 
-from training_scripts import Place, child_environment, template_alone
+from training_scripts import Place, child_environment, run_at_terminal, template_alone
 
 BAR = re.compile(r"\d+%\|")  # as tqdm draws it
 
@@ -29,16 +23,5 @@ def test_progress_bars_at_a_terminal(script, tmp_path):
     """So the test above can fail: the texts take a while to be tokenized, and a person sees how far it has come."""
     place = Place(script, tmp_path)
     command = [sys.executable, str(script.path), *place.flags("out", max_steps=1)]
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # else it has no columns, and bars none
-    with subprocess.Popen(command, env=child_environment(), stdin=theirs, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while more := os.read(ours, 4096):
-                shown += more
-        except OSError:  # how Linux says that the other end is closed
-            pass
-    os.close(ours)
-    assert process.returncode == 0, shown
+    shown = run_at_terminal(command, env=child_environment())
     assert re.search(r"\rtrain.*\d+%\|", shown.decode())

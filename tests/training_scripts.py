@@ -6,16 +6,20 @@ descriptors, and may be killed at any moment, also at one named by a file operat
 """
 
 import contextlib
+import fcntl
 import gc
 import importlib.util
 import json
 import os
+import pty
 import random
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -78,6 +82,23 @@ def tiny_model(model_type: str, sentinels: int = 0, **settings):
 
 
 # -------------------------------------------------------------------------------------------------------- scripts
+
+
+def run_at_terminal(command: list[str], **options) -> bytes:
+    """What a person sees of a command that succeeds, at a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # else it has no columns, and bars none
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, **options) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while more := os.read(ours, 4096):
+                shown += more
+        except OSError:  # how Linux says that the other end is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return shown
 
 
 @dataclass(frozen=True)

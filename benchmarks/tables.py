@@ -9,6 +9,7 @@ test_benchmarks.py makes sure that the README holds what the files say.
 
 import json
 import re
+import statistics
 import textwrap
 from pathlib import Path
 
@@ -101,7 +102,26 @@ def save(figures: dict) -> str:
     )
 
 
-TABLES = {function.__name__: function for function in (step, host, startup, scaling, whole_run, mlm_step, save)}
+def inference(figures: dict) -> str:
+    names = {
+        "script, float32": "float32",
+        "script, bfloat16": "bfloat16",
+        "plain, bfloat16": "bfloat16, Flax's products",
+    }
+    ratios = {"script, float32": [1.0], "script, bfloat16": figures["script, ratios"]}
+    rows = []
+    for key, name in names.items():
+        examples, tokens, median, slow, rate, share, _ = figures[key].values()
+        found = ratios.get(key, figures["plain, ratios"])
+        cells = (f"{examples:.1f}", f"{tokens:,.0f}", f"{median:,.0f}", f"{slow:,.0f}", f"{rate:.0f}", f"{share:.0f}%")
+        rows.append((name, *cells, f"{statistics.median(found):.2f}"))
+    header = ("precision", "examples/s", "tokens/s", "median, ms", "95%, ms", "GFLOP/s", "of a product's", "speed")
+    return table(header, rows)
+
+
+TABLES = {
+    function.__name__: function for function in (step, host, startup, scaling, whole_run, mlm_step, save, inference)
+}
 
 
 def measured(name: str) -> str:

@@ -74,3 +74,19 @@ def test_help_says_the_command(path: Path):
         return
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=120, check=True)
     assert f"python benchmarks/{path.name}" in done.stdout
+
+
+def test_inference_reads_the_report_of_the_script(tmp_path):
+    import inference
+    from transformers import BertConfig, FlaxAutoModel
+
+    config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    FlaxAutoModel.from_config(config).save_pretrained(tmp_path)
+    fast = ["--batch_size=2", "--seq_length=16", "--num_warmup=1", "--num_iters=3"]
+    found = inference.compare(["run_bert_flax.py"], [f"--model_name_or_path={tmp_path}", *fast])
+    assert all(list(found[name]) == list(inference.COLUMNS) for name in inference.PRECISIONS)
+    rates = [found[name]["examples/s"] for name in inference.PRECISIONS]
+    assert found["ratio"] == pytest.approx(rates[1] / rates[0], rel=0.05)
+    assert 0 < found["error"] < 3
+    with pytest.raises(SystemExit, match="--num_iters 0: it must be at least 1"):
+        inference.compare(["-c", inference.PLAIN], ["--num_iters=0"])

@@ -163,6 +163,7 @@ def check_args(args):
         ("num_train_epochs adam_epsilon", "above 0", lambda x: 0 < x < math.inf),
         ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
         ("validation_split_percentage", "between 0 and 99", lambda x: 0 <= x <= 99),
+        ("output_dir", "a local folder", lambda x: "://" not in x),
         ("seed", "between 0 and 4294967295", lambda x: 0 <= x < 2**32)):
         for name, value in ((name, getattr(args, name)) for name in names.split()):
             require(value is None or holds(value), f"--{name} {value}: it must be {meaning}")
@@ -340,8 +341,7 @@ def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
     """Every row once, masked alike in every evaluation and on any number of devices."""
     num_rows, batch_size = len(sequences.ends), jax.device_count() * per_device_batch_size
     for start in range(0, num_rows, batch_size):
-        rows = np.arange(start, start + batch_size)
-        rows[rows >= num_rows] = -1
+        rows = np.where((rows := np.arange(start, start + batch_size)) < num_rows, rows, -1)
         yield make_batch(sequences, rows, collator, (seed, 2), start, (per_device_batch_size,))
 
 def prefetch(batches, size: int = 2, transform=None):
@@ -403,28 +403,30 @@ def load_model(args, config):
     if missing := model.required_params - set(params):
         params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
         init = jax.jit(model.init_weights, static_argnums=1)(jax.random.PRNGKey(args.seed), model.input_shape)
-        params.update({path: x for path, x in flatten_dict(init).items() if path in missing})
+        params.update({path: np.asarray(x) for path, x in flatten_dict(init).items() if path in missing})
     return model, unflatten_dict(params)
 
 def make_optimizer(args, num_steps: int):
     """AdamW or Adafactor, decay times learning rate on matrices that are no biases; a table of the rate, by step."""
     peak, warmup, decay_steps = args.learning_rate, args.warmup_steps, max(1, num_steps - args.warmup_steps)
-    after = {
-        "linear": optax.linear_schedule(peak, 0.0, decay_steps),
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps),
-        "constant": optax.constant_schedule(peak),
-        "inverse_sqrt": lambda step: peak / jnp.sqrt(1 + step / (warmup or 10_000)),
-    }[args.lr_scheduler_type]
+    after = {"linear": optax.linear_schedule(peak, 0.0, decay_steps),
+             "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+             "constant": optax.constant_schedule(peak),
+             "inverse_sqrt": lambda step: peak / jnp.sqrt(1 + step / (warmup or 10_000))}[args.lr_scheduler_type]
     schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
     matrices = partial(jax.tree_util.tree_map_with_path, lambda path, x: x.ndim > 1 and "bias" not in path[-1].key)
+    adam = partial(optax.adamw, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon)
+    optimizer = adam(schedule, weight_decay=args.weight_decay, mask=matrices)
     if args.adafactor:
-        decay = (lambda step: args.weight_decay * schedule(step)) if args.weight_decay else None
+        decay = lambda step: args.weight_decay * schedule(step)  # noqa: E731
         optimizer = optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=matrices)
-    else:
-        adam = partial(optax.adamw, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon)
-        optimizer = adam(schedule, weight_decay=args.weight_decay, mask=matrices)
     clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
     return optax.chain(clip, optimizer), np.asarray(jax.vmap(schedule)(jnp.arange(num_steps + 1))).__getitem__
+
+def embed(next_function, args, kwargs, context):
+    """Interceptor: rounds embeddings after the lookup, so that the gradients of equal tokens are summed in float32."""
+    module, here = context.module, type(context.module) is nn.Embed and context.method_name == "__call__"
+    return jnp.take(module.embedding, *args, axis=0).astype(module.dtype) if here else next_function(*args, **kwargs)
 
 def train_step(state, totals, batch, seed, **fixed):
     """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since
@@ -433,7 +435,7 @@ def train_step(state, totals, batch, seed, **fixed):
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
     def micro_step(sums, inputs):
         micro_batch, index = inputs
-        grad_fn, key = jax.grad(loss_sums, has_aux=True), jax.random.fold_in(rng, index)
+        grad_fn, key = nn.intercept_methods(embed)(jax.grad(loss_sums, has_aux=True)), jax.random.fold_in(rng, index)
         return jax.tree.map(jnp.add, sums, grad_fn(state.params, micro_batch, dropout_rng=key, **fixed)), None
     zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": 0.0, "predicted": 0.0}))
     (grads, sums), _ = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(len(batch["labels"]))))
@@ -462,9 +464,8 @@ class TrainingLog:
         self.writer, self.due, self.results = Writer(str(output_dir)) if jax.process_index() == 0 else None, None, {}
         self.start = self.last = time.perf_counter()
     def scalars(self, values: dict[str, float], step: int):
-        for name, value in values.items() if self.writer else ():
-            self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+        [self.writer.add_scalar(name, value, step) for name, value in values.items() if self.writer]
+        self.writer and self.writer.flush()
         logger.info(f"Step {step}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
     def flush(self, schedule):
         """Writes the means that are due. Raises InputError if loss or gradients are not finite."""
@@ -517,12 +518,11 @@ class Saver(ThreadPoolExecutor):
         if self.uploading and not self.uploading.done() and not last:
             return  # no file may change during an upload; a later save exports
         self.uploading and self.uploading.result()
-        self.model.save_pretrained(self.aside, params=state.params)
+        self.model.save_pretrained(self.aside, params=state.params, max_shard_size="1000GB")  # one file
         self.tokenizer.save_pretrained(self.aside)
         save_file(to_pytorch(state.params), self.aside / "model.safetensors", metadata={"format": "pt"})
         (self.aside / "model.safetensors").chmod((self.aside / "config.json").stat().st_mode)  # else the owner's alone
-        for file in self.aside.iterdir():
-            file.replace(self.output_dir / file.name)
+        [file.replace(self.output_dir / file.name) for file in self.aside.iterdir()]
         self.aside.rmdir()
         self.uploading = self.upload and not last and self.submit(self.try_upload, step)
     def try_upload(self, step: int):
@@ -532,7 +532,7 @@ class Saver(ThreadPoolExecutor):
             logger.warning(f"The upload of step {step} failed, the next repairs it: {' '.join(str(error).split())}")
 
 def find_checkpoints(args) -> list[Path]:
-    """The checkpoints to resume from, newest first. Raises InputError where the run may not or can not write."""
+    """Checkpoints to resume from, its own or another run's, newest first. Raises InputError if it may not write."""
     output_dir, wanted = Path(args.output_dir).absolute(), args.resume_from_checkpoint
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     explain(f"--output_dir {output_dir}: {parent} is not writable", tempfile.TemporaryFile, dir=parent)
@@ -541,7 +541,8 @@ def find_checkpoints(args) -> list[Path]:
     empty = parent != output_dir or not any(output_dir.iterdir())
     require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
     path, pattern = Path(wanted or output_dir).absolute(), "checkpoints/*"
-    found = [p for p in (path, *path.glob(pattern)) if p.match(pattern) and p.name.isdigit() and p.exists()]
+    own = [] if args.overwrite_output_dir or output_dir in (path, *path.parents) else output_dir.glob(pattern)
+    found = [p for p in (*own, path, *path.glob(pattern)) if p.match(pattern) and p.name.isdigit() and p.exists()]
     require(found or wanted is None, f"--resume_from_checkpoint {path}: it has no checkpoint")
     return [] if args.overwrite_output_dir and wanted is None else sorted(found, key=lambda path: -int(path.name))
 
@@ -576,12 +577,13 @@ def set_up(args):
     if args.distributed:
         found = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
         explain("--distributed", jax.distributed.initialize, **{key: int(x) for key, x in found.items() if x})
+    for number in (signal.SIGTERM, signal.SIGINT):  # until training starts; JAX has taken the first
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level="ERROR", force=True)
     logger.setLevel("ERROR" if args.distributed and jax.process_index() else "INFO")
-    [logging.getLogger(name).setLevel("CRITICAL") for name in ("absl", "asyncio")]  # Orbax 0.12 leaves tasks behind:
+    [logging.getLogger(name).setLevel("CRITICAL") for name in ("absl", "datasets", "asyncio")]  # Orbax leaves tasks:
     sys.unraisablehook = lambda error: "loop is closed" in str(error.exc_value) or sys.__unraisablehook__(error)
     transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity(logging.CRITICAL)
     huggingface_hub.utils.disable_progress_bars()  # of uploads in the background
     sys.stderr.isatty() or datasets.disable_progress_bars()
     cache = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "jax-compilation-cache")
@@ -605,12 +607,12 @@ def main(args) -> int:
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
 
     model, params = load_model(args, config)
-    optimizer, schedule = make_optimizer(args, num_steps)
+    optimizer, schedule = make_optimizer(args, num_steps) if args.do_train else (optax.identity(), None)
     state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
     run = json.loads(config.to_json_string()) | {"transformers_version": None, "architectures": None}
     run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
     state, step = restore(checkpoints, state, run) if checkpoints and args.do_train else (state, 0)
-    state, step = multihost_utils.broadcast_one_to_all((state, step))
+    state, step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, step))  # one by one: for less memory
     copies = lambda x: np.broadcast_to(x, (jax.local_device_count(), *np.shape(x)))  # noqa: E731
     state, step = shard(jax.tree.map(copies, state)), (first_step := int(step))
     saver = Saver(args, model, tokenizer, run, first_step, upload) if args.do_train and is_writer else None
@@ -629,7 +631,7 @@ def main(args) -> int:
         batches = prefetch(train_batches(train_set, collator, args.seed, range(first_step, num_steps), shape))
         with saver or ThreadPoolExecutor(1):  # whose end, also by an error, waits for what is being written
             for step, batch in enumerate(batches, first_step + 1):
-                state, totals = p_train_step(state, totals, batch)
+                state, totals, _ = *p_train_step(state, totals, batch), jax.block_until_ready(totals)  # a step ahead
                 log.flush(schedule)
                 stopping = max(caught, default=0)
                 if jax.process_count() > 1:  # what any process was told; they ask each other every tenth step
@@ -648,25 +650,23 @@ def main(args) -> int:
             saver and explain(f"{output_dir}: the last save failed, those before are whole", saver.saving.result)
         saver and log.results and write_results(output_dir, log.results, "train")
     if args.do_eval and not (stopping or (caught and not args.distributed)):
-        results = evaluation(state.params)
-        log.scalars(results, step)
+        log.scalars(results := evaluation(state.params), step)
         is_writer and write_results(output_dir, results, "eval")
     if upload and not (stopping or caught):
         card, tags = output_dir / "README.md", ["flax", config.model_type]
         card.exists() or huggingface_hub.metadata_save(card, {"library_name": "transformers", "tags": tags})
         explain("--push_to_hub: the last upload failed, output_dir has it all", upload, "End of training")
+    args.distributed and multihost_utils.sync_global_devices("end")  # for JAX ends those that are 5 minutes late
     return 128 + max([stopping, *caught]) if stopping or caught else 0
 
 def cli(argv: list[str]) -> int:
     """Runs `main`. What a user can mend is one line: status 2 for the command line, 1 for data or environment."""
     args = None
-    for number in (signal.SIGTERM, signal.SIGINT):  # until training starts
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         args = parse_args(argv)
         return main(args)
-    except (InputError, OSError) as error:
-        print(" ".join(f"{Path(__file__).name}: error: {error}".split()), file=sys.stderr, flush=True)
+    except (InputError, OSError, jax.errors.JaxRuntimeError) as error:  # the last as when memory is out
+        print(" ".join(f"{Path(__file__).name}: error: {error}"[:2000].split()), file=sys.stderr, flush=True)
         args and args.distributed and os._exit(1)  # the other processes wait for this one, and it would for them
         return 1 if args else 2
 

@@ -156,8 +156,9 @@ def check_args(args):
     """Raises InputError for numbers out of range, and for flags that exclude or need each other."""
     for names, meaning, holds in (
         ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps "
-         "save_steps save_total_limit block_size max_train_samples max_eval_samples preprocessing_num_workers",
+         "save_steps save_total_limit max_train_samples max_eval_samples preprocessing_num_workers",
          "at least 1", lambda x: x >= 1),
+        ("block_size", "at least 2", lambda x: x >= 2),
         ("max_steps", "at least 1, or -1", lambda x: x >= 1 or x == -1),
         ("warmup_steps learning_rate weight_decay max_grad_norm", "at least 0", lambda x: 0 <= x < math.inf),
         ("num_train_epochs adam_epsilon", "above 0", lambda x: 0 < x < math.inf),
@@ -353,6 +354,24 @@ def prefetch(batches, size: int = 2, transform=None):
             pending.append(pool.submit(next, batches, None))
             yield batch
 
+def check_config(config, name: str):
+    """Raises InputError for what the Flax classes cannot do, and for what they ignore and PyTorch's obey: with that,
+    pretrained weights would be trained as another function than they are, and exported as another than was trained."""
+    found, head = config.model_type, config.hidden_size // config.num_attention_heads
+    fits = found != "gptj" or config.rotary_dim in range(2, head + 1, 2)
+    require(fits, f"{name}: set rotary_dim to an even number, {head} at most")
+    require(found != "bloom" or config.n_head.bit_count() == 1, f"{name}: in Flax, n_head must be a power of two")
+    rope, untied = {"rope_theta": 10000, "rope_type": "default"}, {"tie_word_embeddings": False, "head_dim": head}
+    own = {"gptj": untied, "llama": untied, "mistral": untied, "electra": {"hidden_act": "gelu"},
+        "gemma": {"hidden_act": getattr(config, "hidden_activation", None) or "gelu_pytorch_tanh"}}.get(found, {})
+    for key, built_in in {  # in every family that has the key, then in this one
+        "rope_theta": 10000, "rope_scaling": rope, "rope_parameters": rope, "mlp_bias": False, "enable_bias": True,
+        "layer_norm_elementwise_affine": True, "position_embedding_type": "absolute", "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False, "layerdrop": 0, "decoder_layerdrop": 0, **own}.items():
+        whole = {**rope, **value} if isinstance(value := getattr(config, key, built_in), dict) else value
+        fits = whole == built_in or (value is None and built_in in (rope, head))
+        require(fits, f"{name}: {key} is {value}, but Flax's {found} has {built_in} built in")
+
 def load_config_and_tokenizer(args):
     """The config, its vocabulary as large as the tokenizer's at least, the tokenizer, and the sequence length."""
     name, load = args.config_name or args.model_name_or_path, partial(AutoConfig.from_pretrained, **args.hub_options)
@@ -361,6 +380,7 @@ def load_config_and_tokenizer(args):
     alike = args.model_type in (None, found) or type(config) is transformers.CONFIG_MAPPING[args.model_type]
     require(alike, f"--model_type {args.model_type}: {name} is of type {found}")
     require(supported, f"{name}: type {found} has no causal language model in Flax")
+    check_config(config, name)
     name = args.tokenizer_name or args.model_name_or_path
     load = partial(AutoTokenizer.from_pretrained, use_fast=args.use_fast_tokenizer, **args.hub_options)
     tokenizer = explain(f"{name} has no tokenizer", load, name)
@@ -369,21 +389,16 @@ def load_config_and_tokenizer(args):
         require(not args.model_name_or_path, f"{message}: they do not belong together")
         logger.warning(f"{message}: the table is made larger.")
         config.vocab_size = len(tokenizer)
-    head = config.hidden_size // config.num_attention_heads
-    rotary = (config.rotary_dim or 1) if found == "gptj" else 0
-    require(rotary % 2 == 0 and rotary <= head, f"{name}: set rotary_dim to an even number, {head} at most")
-    count = config.num_attention_heads if found == "bloom" else 1
-    require(count & (count - 1) == 0, f"{name}: set n_head to a power of two: Flax's BLOOM takes no other")
-    fits = found not in ("llama", "mistral") or getattr(config, "head_dim", None) in (None, head)
-    require(fits, f"{name}: set head_dim to {head}, its hidden_size / num_attention_heads: Flax has no other")
     if "roberta" in found or found in ("bert", "big_bird", "electra"):
         config.is_decoder = True  # or each token would see those that are to be predicted
-    if found == "big_bird":
-        config.attention_type = "original_full"  # for its sparse attention is not causal, whatever is_decoder says
-    positions = getattr(config, "max_position_embeddings", 2**30)  # BLOOM's have no end, and RoBERTa's begin later
-    positions -= "roberta" in found and config.pad_token_id + 1
-    length = args.block_size or min(tokenizer.model_max_length, positions, 1024)
-    require(length <= positions, f"--block_size {length}: the model has {positions} positions")
+    found == "big_bird" and config.update({"attention_type": "original_full"})  # the sparse one is never causal
+    limit, what = getattr(config, "max_position_embeddings", 2**30), "positions"  # BLOOM's have no end
+    limit -= "roberta" in found and config.pad_token_id + 1  # where theirs begin
+    if found == "mistral":  # Flax takes no window for one of 0, and sees one token more than PyTorch beyond a window
+        config.sliding_window = limit if config.sliding_window is None else config.sliding_window
+        limit, what = min((limit, what), (config.sliding_window, "tokens in its sliding_window"))
+    length = args.block_size or min(tokenizer.model_max_length, limit, 1024)
+    require(1 < length <= limit, f"--block_size {length}: it must be at least 2, and the model has {limit} {what}")
     args.block_size or logger.info(f"--block_size is {length}: what tokenizer and model allow, at most 1024.")
     return config, tokenizer, length
 

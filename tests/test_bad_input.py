@@ -167,7 +167,8 @@ NUMBERS = {
     **{f"per_device_{split}_batch_size": SIZES for split in ("train", "eval")},
     **{f"{what}_steps": SIZES for what in ("gradient_accumulation", "logging", "save", "eval")},
     **{f"max_{what}": SIZES for what in ("train_samples", "eval_samples", "seq_length")},
-    **dict.fromkeys(("save_total_limit", "preprocessing_num_workers", "block_size"), SIZES),
+    **dict.fromkeys(("save_total_limit", "preprocessing_num_workers"), SIZES),
+    "block_size": ["1", *SIZES],  # the one token would have none to predict
     **dict.fromkeys(("num_train_steps", "num_eval_samples", "shuffle_buffer_size"), SIZES),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), REALS),
     **{name: ["0", *REALS] for name in ("num_train_epochs", "adam_epsilon")},

@@ -317,3 +317,115 @@ def test_block_size_is_what_the_model_allows_and_no_more_than_1024(
         assert clm.load_config_and_tokenizer(clm.parse_args([*flags, f"--block_size={limit}"]))[2] == limit
         with pytest.raises(clm.InputError, match=rf"--block_size {limit + 1}\b.*\b{limit}\b"):
             clm.load_config_and_tokenizer(clm.parse_args([*flags, f"--block_size={limit + 1}"]))
+
+
+# --------------------------------------------------------------------------------------------------- configurations
+
+
+def written(directory: Path, family: str, **settings) -> list[str]:
+    """A tiny model's configuration as Transformers writes it, `settings` added as they are, in flags of the script."""
+    from training_scripts import word_tokenizer
+
+    word_tokenizer(directory / "tokenizer")
+    CONFIG_MAPPING[family](vocab_size=VOCAB_SIZE, pad_token_id=1, **FAMILIES[family]).save_pretrained(directory)
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    files = [f"--config_name={directory}", f"--tokenizer_name={directory / 'tokenizer'}"]
+    return [*files, "--output_dir=none", "--train_file=none"]
+
+
+def load(flags: list[str]):
+    return clm.load_config_and_tokenizer(clm.parse_args(flags))
+
+
+ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+IGNORED = [  # by the Flax class, while PyTorch's obeys it
+    *((family, "rope_theta", 1e6) for family in ("gemma", "llama", "mistral")),
+    *((family, "rope_scaling", {"rope_type": "linear", "factor": 4.0}) for family in ("gemma", "llama", "mistral")),
+    ("llama", "rope_scaling", {"type": "dynamic", "factor": 2.0}),
+    ("gemma", "rope_scaling", "linear"),
+    *((family, "rope_parameters", {**ROPE, "rope_theta": 5e5}) for family in ("gemma", "llama", "mistral")),
+    ("llama", "rope_parameters", {**ROPE, "rope_type": "linear", "factor": 4.0}),
+    ("gptj", "tie_word_embeddings", True),
+    ("llama", "tie_word_embeddings", True),
+    ("mistral", "tie_word_embeddings", True),
+    ("llama", "mlp_bias", True),
+    ("gemma", "hidden_act", "gelu"),
+    ("gemma", "hidden_activation", "gelu"),
+    ("electra", "hidden_act", "relu"),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ("gpt2", "scale_attn_weights", False),
+    ("opt", "enable_bias", False),
+    ("opt", "layer_norm_elementwise_affine", False),
+    ("opt", "layerdrop", 0.1),
+    ("xglm", "layerdrop", 0.1),
+    ("bart", "decoder_layerdrop", 0.1),
+    *(
+        (family, "position_embedding_type", "relative_key")
+        for family in ("bert", "electra", "roberta", "roberta-prelayernorm", "xlm-roberta")
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "key", "value"), IGNORED, ids=str)
+def test_what_flax_ignores_is_refused(tmp_path, family, key, value):
+    """In one line that names the config, not the tokenizer, and says what is there."""
+    flags = written(tmp_path, family, **{key: value})
+    name, found = ("hidden_act", "gelu_pytorch_tanh") if key == "hidden_activation" else (key, value)
+    with pytest.raises(clm.InputError) as caught:
+        load(flags)
+    message, expected = str(caught.value), f"{tmp_path}: {name} is {found}"
+    assert message.startswith(expected.rstrip("}"))  # Transformers adds a rope_type where there is a type
+    assert f"Flax's {family} has " in message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_writes_is_accepted(tmp_path, family):
+    """With default settings, as Transformers 4 writes them, and as 5 does."""
+    assert load(written(tmp_path, family))[2] == 32
+    (tmp_path / "all").mkdir()
+    everything = CONFIG_MAPPING[family](**FAMILIES[family]).to_dict()
+    load(written(tmp_path / "all", family, **everything))
+    (tmp_path / "5").mkdir()
+    load(written(tmp_path / "5", family, **({"rope_parameters": ROPE} if FAMILIES[family] is LLAMA else {})))
+    clm.check_config(CONFIG_MAPPING[family](), "the default")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "key"),
+    [
+        ("gptj", {"rotary_dim": 7}, "rotary_dim"),
+        ("bloom", {"n_head": 3}, "n_head"),
+        ("llama", {"head_dim": 15}, "head_dim"),
+    ],
+)
+def test_a_message_names_the_folder_of_the_config(tmp_path, family, settings, key):
+    with pytest.raises(clm.InputError, match=rf"^{tmp_path}: .*{key}"):
+        load(written(tmp_path, family, **settings))
+
+
+def test_mistral_without_a_window_sees_all_tokens(tmp_path):
+    """Through what a run loads: the last position depends on the first token, and so the exported config says."""
+    args = clm.parse_args(written(tmp_path, "mistral", sliding_window=None))
+    config, _, length = clm.load_config_and_tokenizer(args)
+    assert config.sliding_window == config.max_position_embeddings == 40
+    assert length == 32  # of the tokenizer
+    model, params = clm.load_model(args, config)
+    input_ids = make_batch(length=40)["input_ids"]
+    changed = input_ids.copy()
+    changed[:, 0] += 1
+    before, after = apply(model, params, input_ids), apply(model, params, changed)
+    assert (np.abs(before - after).max(axis=-1) > 1e-6).all()
+
+
+def test_block_size_is_no_longer_than_the_window_of_mistral(tmp_path):
+    """Beyond it Flax sees one token more than PyTorch."""
+    flags = written(tmp_path, "mistral", sliding_window=24)
+    config, _, length = load(flags)
+    assert (config.sliding_window, length) == (24, 24)
+    assert load([*flags, "--block_size=24"])[2] == 24
+    with pytest.raises(clm.InputError, match=r"--block_size 25\b.*\b24\b.*sliding_window"):
+        load([*flags, "--block_size=25"])
+    (tmp_path / "0").mkdir()
+    with pytest.raises(clm.InputError, match="sliding_window"):
+        load(written(tmp_path / "0", "mistral", sliding_window=0))

@@ -9,7 +9,7 @@ here all products are, and then rounded to bfloat16.
 """
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["flax>=0.10.7,<0.13", "jax>=0.6.2,<0.11", "numpy>=2,<3", "transformers>=4.57.1,<5"]
+# dependencies = ["flax>=0.10.7,<0.13", "jax>=0.6.2,<0.13", "numpy>=2,<3", "transformers>=4.57.1,<5"]
 # ///
 
 import math

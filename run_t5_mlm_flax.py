@@ -10,7 +10,7 @@ followed by its span.
 """
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.11",
+# dependencies = ["datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.13",
 #     "numpy>=2,<3", "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11.16,<0.13", "safetensors>=0.5,<1",
 #     "tensorboard>=2.19,<3", "transformers>=4.57.1,<5"]
 # ///

@@ -34,9 +34,10 @@ FAMILIES = {  # by the name that Transformers has for a configuration; after a c
 CASES = [(script, family) for script in SCRIPTS for family in FAMILIES[script.name]]
 NOTES = {
     "bloom": "`n_head` must be a power of two",
-    "gptj": "`rotary_dim` must be even, and at most the size of a head",
-    "llama": "`head_dim`, if set, must be `hidden_size / num_attention_heads`",
-    "mistral": "`head_dim` as for `llama`",
+    "gemma": "`rope_theta` 10000, no `rope_scaling`",
+    "gptj": "`rotary_dim` must be even, and at most the size of a head; no `tie_word_embeddings`",
+    "llama": "as `gemma`; no `tie_word_embeddings`, `mlp_bias`; `head_dim` is `hidden_size / num_attention_heads`",
+    "mistral": "as `llama`; sequences no longer than `sliding_window`",
     "roformer": "gets an `embedding_size` of `hidden_size`",
     "bert": "causal: gets `is_decoder`, as all encoders do",
     "big_bird": "causal, with `--line_by_line`, up to 11 blocks or no multiple of a block: gets full attention",

@@ -31,7 +31,7 @@ each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.n
 
 
 def requirements(lines) -> dict[str, set[str]]:
-    """Name of each distribution to its bounds, such as {"jax": {">=0.6.2", "<0.11"}}."""
+    """Name of each distribution to its bounds, such as {"jax": {">=0.6.2", "<0.13"}}."""
     parsed = [Requirement(line) for line in lines]
     return {canonicalize_name(one.name): {str(bound) for bound in one.specifier} for one in parsed}
 

@@ -42,17 +42,17 @@ def evaluation(output_dir: Path) -> dict[str, float]:
     return json.loads((output_dir / "eval_results.json").read_text())
 
 
-def start_cluster(place: Place, output_dir: str, first=(), **flags):
-    """Two processes with four devices each; the second has an output directory of its own, which it must not touch.
+def start_cluster(place: Place, output_dir: str, first=(), processes: int = 2, **flags):
+    """Processes with four devices each; the second has an output directory of its own, which it must not touch.
     `first` are options of the first process alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
     options = {**training(place), **EIGHT_DEVICES, "distributed": True, "devices": 4, **flags}
     return [
         place.start(folder, **options, env={**cluster, "JAX_PROCESS_ID": str(i)}, **(dict(first) if i == 0 else {}))
-        for i, folder in enumerate((output_dir, f"{output_dir}-of-the-second"))
+        for i, folder in enumerate((output_dir, f"{output_dir}-of-the-second")[:processes])
     ]
 
 
@@ -156,3 +156,54 @@ def test_an_error_of_one_process_ends_both(place):
     assert runs[0].returncode == 1
     assert len(runs[0].lines) == 1
     assert "--output_dir" in runs[0].stderr
+
+
+def slow_start(script):
+    """A tokenizer that takes ten seconds, during which the file `starting` says so."""
+    import pathlib
+    import time
+
+    def tokenize(*args):
+        pathlib.Path("starting").write_text("")
+        time.sleep(10)
+
+    script.tokenize = tokenize
+
+
+@template_alone
+def test_sigterm_before_training(place):
+    """JAX takes the signal when a cluster is made, and would leave it to a loop that does not run yet."""
+    (run,) = start_cluster(place, "stopped_early", processes=1, change=slow_start)
+    end = time.monotonic() + 60
+    while not (place.directory / "starting").exists():
+        assert run.poll() is None, run.stderr
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    start = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    run.wait(60)
+    assert (run.returncode, run.lines) == (143, [])
+    assert time.monotonic() - start < 8
+
+
+def slow_end(script):
+    """The first process takes five seconds to write its results, and JAX waits for the end of all for two."""
+    import functools
+    import time
+
+    import jax
+
+    write_results, initialize = script.write_results, jax.distributed.initialize
+
+    def slow_write_results(*args):
+        time.sleep(5)
+        write_results(*args)
+
+    script.write_results = slow_write_results
+    jax.distributed.initialize = functools.partial(initialize, shutdown_timeout_seconds=2)
+
+
+@template_alone
+def test_the_end_is_waited_for(place):
+    """An upload may take longer than JAX waits for the last process to end."""
+    finish_cluster(place, "slow_end", change=slow_end, max_steps=2, do_train=True)

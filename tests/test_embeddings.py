@@ -1,7 +1,7 @@
-"""Gradients of embedding tables in bfloat16, where a frequent token has thousands of addends, in each training script.
+"""Gradients of embedding tables in bfloat16, in each training script, where a frequent token has thousands of addends.
 
-`nn.Embed` rounds its table before the lookup, so that the gradient of the lookup is a sum in bfloat16, whose 8 bits hold
-no more than 256 equal addends. The scripts' interceptor `embed` rounds after the lookup.
+`nn.Embed` rounds its table before the lookup, so that the lookup's gradient is a sum in bfloat16, whose 8 bits stand
+still after 256 equal addends. The scripts' interceptor `embed` rounds after the lookup.
 """
 
 import importlib

@@ -392,8 +392,8 @@ def test_a_shard_that_cannot_be_read(place, undisturbed):
 
 
 def test_another_run_s_checkpoint(place, undisturbed):
-    """It goes on from where the other run stood; given again, from where it stood itself, or where it cannot know that,
-    from the other's again."""
+    """It goes on from where the other run stood; given again, from where it stood itself, or, if that is damaged, from
+    the other's place again."""
     first, last = checkpoints(undisturbed)[0], STEPS - 1
     output_dir, other = place.directory / "another", undisturbed / "checkpoints" / str(first)
     flags = {**TRAINING, "dataset_name": "folder", "resume_from_checkpoint": other}
@@ -432,7 +432,7 @@ def count_batches(script):
 
         def dispatch(*args):
             waiting.append((len(made) - len(done), len(put) - len(done)))
-            pathlib.Path("counts").write_text(json.dumps([max(x) for x in zip(*waiting)]))
+            pathlib.Path("counts").write_text(json.dumps([max(x) for x in zip(*waiting, strict=True)]))
             done.append(1)
             return program(*args)
 

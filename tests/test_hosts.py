@@ -42,17 +42,17 @@ def evaluation(output_dir: Path) -> dict[str, float]:
     return json.loads((output_dir / "eval_results.json").read_text())
 
 
-def start_cluster(place: Place, output_dir: str, first=(), processes: int = 2, **flags):
-    """Processes with four devices each; the second has an output directory of its own, which it must not touch.
+def start_cluster(place: Place, output_dir: str, first=(), **flags):
+    """Two processes with four devices each; the second has an output directory of its own, which it must not touch.
     `first` are options of the first process alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     options = {**training(place), **EIGHT_DEVICES, "distributed": True, "devices": 4, **flags}
     return [
         place.start(folder, **options, env={**cluster, "JAX_PROCESS_ID": str(i)}, **(dict(first) if i == 0 else {}))
-        for i, folder in enumerate((output_dir, f"{output_dir}-of-the-second")[:processes])
+        for i, folder in enumerate((output_dir, f"{output_dir}-of-the-second"))
     ]
 
 
@@ -159,30 +159,36 @@ def test_an_error_of_one_process_ends_both(place):
 
 
 def slow_start(script):
-    """A tokenizer that takes ten seconds, during which the file `starting` says so."""
+    """To tokenize takes ten seconds a set of texts, during which the file `starting-PROCESS` is there."""
+    import os
     import pathlib
     import time
 
-    def tokenize(*args):
-        pathlib.Path("starting").write_text("")
-        time.sleep(10)
+    tokenize = script.tokenize
 
-    script.tokenize = tokenize
+    def slow_tokenize(*args):
+        pathlib.Path(f"starting-{os.environ['JAX_PROCESS_ID']}").write_text("")
+        time.sleep(10)
+        return tokenize(*args)
+
+    script.tokenize = slow_tokenize
 
 
 @template_alone
 def test_sigterm_before_training(place):
     """JAX takes the signal when a cluster is made, and would leave it to a loop that does not run yet."""
-    (run,) = start_cluster(place, "stopped_early", processes=1, change=slow_start)
+    runs = start_cluster(place, "stopped_early", change=slow_start)
     end = time.monotonic() + 60
-    while not (place.directory / "starting").exists():
-        assert run.poll() is None, run.stderr
+    while len(list(place.directory.glob("starting-*"))) < 2:
+        assert all(run.poll() is None for run in runs), [run.stderr for run in runs]
         assert time.monotonic() < end
         time.sleep(0.01)
     start = time.monotonic()
-    run.send_signal(signal.SIGTERM)
-    run.wait(60)
-    assert (run.returncode, run.lines) == (143, [])
+    for run in runs:
+        run.send_signal(signal.SIGTERM)
+    for run in runs:
+        run.wait(60)
+        assert (run.returncode, run.lines) == (143, [])
     assert time.monotonic() - start < 8
 
 

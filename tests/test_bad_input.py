@@ -234,6 +234,9 @@ def test_number_out_of_range(place, parse, case):
         check_refused(parse(place.flags("absent", **{case: value})), 2, [f"--{case}", value])
 
 
+ENOUGH = ("--config_name=start", "--tokenizer_name=start", "--train_file=train.txt", "--validation_file=train.txt")
+
+
 @template_alone
 @pytest.mark.parametrize(
     ("argv", "words"),
@@ -247,9 +250,10 @@ def test_number_out_of_range(place, parse, case):
         (["--output_dir=absent", "--tokne", SECRET], ["--tokne"]),
         (["--output_dir=absent", SECRET], ["argument"]),
         (["--output_dir=absent", "--seed"], ["--seed"]),
+        (["--output_dir=gs://bucket/out", *ENOUGH], ["--output_dir gs://bucket/out", "a local folder"]),
         ([], ["--output_dir"]),
     ],
-    ids=lambda value: " ".join(value).replace(SECRET, "SECRET"),
+    ids=lambda value: " ".join(value[:2]).replace(SECRET, "SECRET"),
 )
 def test_wrong_words(parse, argv, words):
     check_refused(parse(argv), 2, words)

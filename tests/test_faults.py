@@ -402,6 +402,29 @@ def test_resume_from_checkpoint(place, undisturbed, expected, copied, source):
 
 
 @template_alone
+def test_another_run_s_checkpoint_given_again(place, undisturbed, expected, output_dir):
+    """A command that was killed goes on from its own checkpoints, unless it is to overwrite them or names one."""
+    first = checkpoints(undisturbed)[0]
+    flags = {**TRAINING, "resume_from_checkpoint": undisturbed / "checkpoints" / str(first)}
+    run = place.run(output_dir, **flags, kill_at=[rf"^rename .*/checkpoints/{first + 6}$"])
+    assert (run.returncode, checkpoints(output_dir)) == (137, [first + 3])
+    own = output_dir / "checkpoints" / str(first + 3)
+    before = snapshot(own)
+    for start, changes in (
+        (first + 3, {}),
+        (STEPS, {}),
+        (first + 3, {"resume_from_checkpoint": own}),
+        (first, {"overwrite_output_dir": True}),
+    ):
+        run = place.run(output_dir, **{**flags, **changes})
+        assert (run.returncode, run.lines) == (0, [])
+        assert f"steps {start} to {STEPS}" in run.stderr
+        assert changes.get("overwrite_output_dir") or snapshot(own) == before
+        assert checkpoints(output_dir) == list(range(first + 3, STEPS + 1, 3))
+        assert differing(outcome(output_dir), expected) == []
+
+
+@template_alone
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -514,6 +537,20 @@ def test_file_size_limit(place, output_dir):
     check_failed_save(place.run(output_dir, **flags, file_limit=10_000), output_dir, first)
     assert place.run(output_dir, **flags).returncode == 0
     assert differing(outcome(output_dir), complete) == []
+
+
+def without_optimizers(script):
+    import optax
+
+    del optax.adamw, optax.adafactor
+
+
+def test_evaluation_alone_has_no_optimizer(place, undisturbed, expected):
+    """Whose state is as large as two more models."""
+    changes = {"do_eval": True, "model_name_or_path": undisturbed, "config_name": None}
+    run = place.run("evaluated", **changes, change=without_optimizers)
+    assert (run.returncode, run.lines) == (0, [])
+    assert (place.directory / "evaluated" / "eval_results.json").read_bytes() == expected["eval_results.json"]
 
 
 def test_steps_compile_once(place, undisturbed):

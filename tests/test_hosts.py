@@ -156,3 +156,60 @@ def test_an_error_of_one_process_ends_both(place):
     assert runs[0].returncode == 1
     assert len(runs[0].lines) == 1
     assert "--output_dir" in runs[0].stderr
+
+
+def slow_start(script):
+    """To tokenize takes half a minute a set of texts; a file `starting-PROCESS` says that it has begun."""
+    import os
+    import pathlib
+    import time
+
+    tokenize = script.tokenize
+
+    def slow_tokenize(*args):
+        pathlib.Path(f"starting-{os.environ['JAX_PROCESS_ID']}").write_text("")
+        time.sleep(30)
+        return tokenize(*args)
+
+    script.tokenize = slow_tokenize
+
+
+@template_alone
+def test_sigterm_before_training(place):
+    """JAX takes the signal when a cluster is made, and would leave it to a loop that does not run yet."""
+    runs = start_cluster(place, "stopped_early", change=slow_start)
+    end = time.monotonic() + 60
+    while len(list(place.directory.glob("starting-*"))) < 2:
+        assert all(run.poll() is None for run in runs), [run.stderr for run in runs]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    start = time.monotonic()
+    for run in runs:
+        run.send_signal(signal.SIGTERM)
+    for run in runs:
+        run.wait(60)
+        assert (run.returncode, run.lines) == (143, [])
+    assert time.monotonic() - start < 20
+
+
+def slow_end(script):
+    """The first process takes seven seconds to write its results, and JAX waits for the end of all for three."""
+    import functools
+    import time
+
+    import jax
+
+    write_results, initialize = script.write_results, jax.distributed.initialize
+
+    def slow_write_results(*args):
+        time.sleep(7)
+        write_results(*args)
+
+    script.write_results = slow_write_results
+    jax.distributed.initialize = functools.partial(initialize, shutdown_timeout_seconds=3)
+
+
+@template_alone
+def test_the_end_is_waited_for(place):
+    """An upload may take longer than JAX waits for the last process to end."""
+    finish_cluster(place, "slow_end", change=slow_end, max_steps=2, do_train=True)

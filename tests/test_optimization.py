@@ -151,6 +151,14 @@ def test_adafactor_scales_with_the_parameter():
     np.testing.assert_allclose(updates["bias"], np.full((6,), -0.005), rtol=1e-4)
 
 
+def test_adafactor_s_state_with_and_without_decay():
+    """Is the same, so that a checkpoint can be resumed with another --weight_decay."""
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+    with_decay, without = (make_optimizer(adafactor=True, weight_decay=x)[0].init(params) for x in (0.01, 0.0))
+    assert jax.tree.structure(with_decay) == jax.tree.structure(without)
+    assert jax.tree.map(jnp.shape, with_decay) == jax.tree.map(jnp.shape, without)
+
+
 # ------------------------------------------------------------------------------------------------- training step
 
 ROWS, LENGTH, STEPS = 64, 16, 20

@@ -391,6 +391,66 @@ def test_a_shard_that_cannot_be_read(place, undisturbed):
     check_same(output_dir, undisturbed)
 
 
+def test_another_run_s_checkpoint(place, undisturbed):
+    """It goes on from where the other run stood; given again, from where it stood itself, or, if that is damaged, from
+    the other's place again."""
+    first, last = checkpoints(undisturbed)[0], STEPS - 1
+    output_dir, other = place.directory / "another", undisturbed / "checkpoints" / str(first)
+    flags = {**TRAINING, "dataset_name": "folder", "resume_from_checkpoint": other}
+    kill_at = [rf"^rename .*/checkpoints/{last}$", r"^rename .*/flax_model\.msgpack$"]
+    run = place.run(output_dir, **flags, kill_at=kill_at)
+    assert (run.returncode, checkpoints(output_dir)) == (137, [last])
+    for start in (last, first):
+        run = place.run(output_dir, **flags)
+        assert (run.returncode, len(run.lines)) == (0, 0 if start == last else 2), run.stderr
+        assert f"steps {start} to {STEPS}" in run.stderr
+        check_same(output_dir, undisturbed)
+        for step in checkpoints(output_dir):
+            (output_dir / "checkpoints" / str(step) / "run" / "metadata").write_text("damaged")
+
+
+def count_batches(script):
+    """The most batches that wait on the host, and on the devices, for a step to take them: to the file `counts`."""
+    import json
+    import pathlib
+
+    import jax
+
+    made, put, done, waiting = [], [], [], []
+    make_batch, shard, make_program = script.make_batch, script.shard, jax.pmap
+
+    def count(batches, function):
+        def counted(*args):
+            result = function(*args)
+            batches.extend([1] if isinstance(result, dict) and "labels" in result else [])
+            return result
+
+        return counted
+
+    def pmap(*args, **options):
+        program = make_program(*args, **options)
+
+        def dispatch(*args):
+            waiting.append((len(made) - len(done), len(put) - len(done)))
+            pathlib.Path("counts").write_text(json.dumps([max(x) for x in zip(*waiting, strict=True)]))
+            done.append(1)
+            return program(*args)
+
+        return dispatch
+
+    script.make_batch, script.shard, jax.pmap = count(made, make_batch), count(put, shard), pmap
+
+
+def test_what_waits_on_the_devices(place):
+    """Is not more for a larger window, which is prepared on the host."""
+    changes = {"shuffle_buffer_size": 400, "num_train_steps": 60, "save_steps": 1000, "do_train": True}
+    run = place.run("waiting", **{**TRAINING, **changes}, dataset_name="folder", change=count_batches)
+    assert (run.returncode, run.lines) == (0, [])
+    on_host, on_devices = json.loads((place.directory / "counts").read_text())
+    assert on_devices <= 3
+    assert on_host > 20
+
+
 @pytest.mark.parametrize("changes", [{"shuffle_buffer_size": 31}, {"num_eval_samples": 120}, {"seed": 43}], ids=str)
 def test_another_stream_is_not_resumed(place, undisturbed, changes):
     run = place.run("undisturbed", **{**TRAINING, **changes}, dataset_name="folder")

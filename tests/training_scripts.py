@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import gc
 import importlib.util
+import inspect
 import json
 import os
 import pty
@@ -276,7 +277,7 @@ def snapshot(directory: Path) -> dict:
 
 # ---------------------------------------------------------------------------------------------------- fork server
 
-FORKING = {"devices", "env", "kill_at", "kill_with", "compiles", "file_limit", "optimized"}
+FORKING = {"devices", "env", "kill_at", "kill_with", "compiles", "file_limit", "optimized", "change"}
 
 
 class Run:
@@ -339,7 +340,7 @@ class ForkServer:
 
     def start(
         self, argv, cwd, devices=2, env=None, kill_at=(), kill_with=signal.SIGKILL, compiles=None, file_limit=None,
-        optimized=False,
+        optimized=False, change=None,
     ) -> Run:  # fmt: skip
         """Forks a child that runs `cli(argv)` on `devices` virtual CPU devices.
 
@@ -347,7 +348,8 @@ class ForkServer:
         PATH", "rmdir PATH", "rename PATH PATH": when they have matched one after the other, the child sends itself
         `kill_with` before the last one is done. `compiles` is a file to write the names of the compiled functions to.
         `file_limit` is the largest size in bytes of a file that it may write. `optimized` programs take twice as long
-        to compile.
+        to compile. `change` is a function of the script's module that the child calls first, to slow something down or
+        to watch it; only its source is sent, so it must be at the top level of a file and import what it uses.
         """
         self.count += 1
         streams = self.directory / f"run-{self.count}"
@@ -361,6 +363,7 @@ class ForkServer:
             "compiles": compiles and str(compiles),
             "file_limit": file_limit,
             "optimized": optimized,
+            "change": change and (change.__name__, inspect.getsource(change)),
         }
         return Run(self, self.ask(**request), streams)
 
@@ -456,6 +459,10 @@ def serve(path: str, modules: list[str]):
         record_compiles(request["compiles"])
     if request["optimized"]:
         sys.modules["jax"].config.update("jax_disable_most_optimizations", False)
+    if request["change"]:
+        name, source = request["change"]
+        exec(source, names := {})
+        names[name](script)
     sys.argv = [path, *request["argv"]]
     sys.exit(script.cli(request["argv"]))
 

@@ -557,19 +557,19 @@ class Saver(ThreadPoolExecutor):
             logger.warning(f"The upload of step {step} failed, the next repairs it: {' '.join(str(error).split())}")
 
 def find_checkpoints(args) -> list[Path]:
-    """Checkpoints to resume from, its own or another run's, newest first. Raises InputError if it may not write."""
-    output_dir, wanted = Path(args.output_dir).absolute(), args.resume_from_checkpoint
+    """Checkpoints to resume from, newest first, own before another run's. Raises InputError if it may not write."""
+    output_dir, wanted, anew = Path(args.output_dir).absolute(), args.resume_from_checkpoint, args.overwrite_output_dir
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     explain(f"--output_dir {output_dir}: {parent} is not writable", tempfile.TemporaryFile, dir=parent)
-    ours = args.overwrite_output_dir or not args.do_train or wanted or (output_dir / "checkpoints").is_dir()
+    ours = anew or not args.do_train or wanted or (output_dir / "checkpoints").is_dir()
     ours = ours or output_dir in {Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name}
     empty = parent != output_dir or not any(output_dir.iterdir())
     require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
-    path, pattern = Path(wanted or output_dir).absolute(), "checkpoints/*"
-    own = [] if args.overwrite_output_dir or output_dir in (path, *path.parents) else output_dir.glob(pattern)
-    found = [p for p in (*own, path, *path.glob(pattern)) if p.match(pattern) and p.name.isdigit() and p.exists()]
+    path, below = Path(wanted or output_dir).absolute(), "checkpoints/*"
+    found = [p for p in (path, *path.glob(below)) if p.match(below) and p.name.isdigit() and p.exists()]
     require(found or wanted is None, f"--resume_from_checkpoint {path}: it has no checkpoint")
-    return [] if args.overwrite_output_dir and wanted is None else sorted(found, key=lambda path: -int(path.name))
+    found += [p for p in output_dir.glob(below) if p.name.isdigit() and not (anew or path.is_relative_to(output_dir))]
+    return [] if anew and wanted is None else sorted(found, key=lambda p: (output_dir not in p.parents, -int(p.name)))
 
 def restore(checkpoints: list[Path], state, run: dict):
     """The first readable checkpoint, as a host copy of `state`, and its step. Raises InputError if of another run."""

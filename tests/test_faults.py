@@ -411,7 +411,7 @@ def test_another_run_s_checkpoint_given_again(place, undisturbed, expected, outp
     own = output_dir / "checkpoints" / str(first + 3)
     before = snapshot(own)
     for start, changes in (
-        (first + 3, {}),
+        (first + 3, {"resume_from_checkpoint": undisturbed}),  # which has trained on
         (STEPS, {}),
         (first + 3, {"resume_from_checkpoint": own}),
         (first, {"overwrite_output_dir": True}),

@@ -129,6 +129,7 @@ DOCUMENTED = {  # section: script, folder, and its flags beside those that name 
     ),
 }
 OTHER_FLAGS = {"help", "logdir", "vocab_size", "xla_force_host_platform_device_count"}  # not of the scripts
+OTHER_FLAGS |= {"xla_gpu_deterministic_ops"}
 OTHER_FLAGS |= {"nodes", "ntasks", "gpus", "time", "signal", "dry", "worker", "command"}  # as far as the first dash
 BENCHMARK_FLAGS = {
     flag

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """Inference speed of BERT and other encoders in float32 and bfloat16 with JAX/Flax, on random tokens.
-On processors with AMX bfloat16 runs more than twice as fast. JAX takes that path only where a product of bfloat16
+On processors with AMX bfloat16 should be more than twice as fast. JAX takes that path only where a product of bfloat16
 operands is accumulated in float32, as AMX does (Intel's Architecture Instruction Set Extensions Reference, TDPBF16PS):
 here all products are, and then rounded to bfloat16.
 
@@ -176,7 +176,7 @@ def hint() -> str:
     if "amx_bf16" in flags:
         return "This processor has AMX: bfloat16 should run more than twice as fast as float32."
     if "avx512_bf16" in flags:
-        return "This processor has no AMX, only AVX512_BF16, which doubles the rate of products at best: expect less."
+        return "This processor has no AMX, only AVX512_BF16, which about doubles the rate of products: expect no more."
     return "This processor has neither AMX nor AVX512_BF16: it computes in float32, and no gain is to be expected."
 
 def run(args) -> int:

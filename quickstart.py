@@ -31,7 +31,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 64  # tokens a training sequence: a small model learns sooner to look around in a short one
-VOCAB_SIZE = 4000  # small enough for a corpus of a million tokens, and the output layer is most of the work
+VOCAB_SIZE = (
+    4000  # small enough for a corpus of a million tokens, and the output layer is most of the work
+)
 VALIDATION_PART = 20  # one document of so many
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in the order of RoBERTa's ids
@@ -83,12 +85,16 @@ def python_documents() -> Iterator[str]:
             continue
         try:
             with tokenize.open(path) as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about old escapes in the tests of Python's own parser
+                warnings.simplefilter(
+                    "ignore"
+                )  # about old escapes in the tests of Python's own parser
                 source = file.read()
                 tree = ast.parse(source)
         except (SyntaxError, ValueError):  # more of these tests
             continue
-        yield from (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
+        yield from (
+            ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, DOCUMENTED)
+        )
         for block in re.findall(r"^(?:[ \t]*#.*\n){2,}", source, re.MULTILINE):
             yield re.sub(r"^[ \t]*#[#:!]*", "", block, flags=re.MULTILINE)
 
@@ -96,7 +102,9 @@ def python_documents() -> Iterator[str]:
 def build_corpus(directory: Path, documents: Iterable[str] | None = None) -> tuple[Path, Path]:
     """Writes train.txt and validation.txt, one paragraph a line, none twice; each twentieth document is validation."""
     seen, texts = set(), ([], [])
-    for number, document in enumerate(python_documents() if documents is None else documents, start=1):
+    for number, document in enumerate(
+        python_documents() if documents is None else documents, start=1
+    ):
         for paragraph in paragraphs(document):
             if paragraph not in seen:
                 seen.add(paragraph)
@@ -111,14 +119,19 @@ def build_corpus(directory: Path, documents: Iterable[str] | None = None) -> tup
 # ------------------------------------------------------------------------------------- tokenizer, configuration
 
 
-def train_tokenizer(files: list[Path], directory: Path, vocab_size: int = VOCAB_SIZE, max_length: int = LENGTH):
+def train_tokenizer(
+    files: list[Path], directory: Path, vocab_size: int = VOCAB_SIZE, max_length: int = LENGTH
+):
     """Trains a byte-level BPE tokenizer and saves it as RoBERTa's, which puts <s> and </s> around every text."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     bpe.train(
-        [str(file) for file in files], vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+        [str(file) for file in files],
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
     )
     directory.mkdir(parents=True, exist_ok=True)
     bpe.save_model(str(directory))
@@ -131,7 +144,9 @@ def train_tokenizer(files: list[Path], directory: Path, vocab_size: int = VOCAB_
     return tokenizer
 
 
-def write_config(directory: Path, tokenizer, max_length: int = LENGTH, layers=2, width=128, heads=4):
+def write_config(
+    directory: Path, tokenizer, max_length: int = LENGTH, layers=2, width=128, heads=4
+):
     """Writes the configuration of a small RoBERTa that fits `tokenizer`."""
     from transformers import RobertaConfig
 
@@ -141,7 +156,9 @@ def write_config(directory: Path, tokenizer, max_length: int = LENGTH, layers=2,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=4 * width,
-        max_position_embeddings=max_length + tokenizer.pad_token_id + 1,  # RoBERTa counts from the pad id on
+        max_position_embeddings=max_length
+        + tokenizer.pad_token_id
+        + 1,  # RoBERTa counts from the pad id on
         initializer_range=0.08,  # 1 / sqrt(width) or so: attention starts less uniform than with 0.02
         hidden_dropout_prob=0.0,  # a few passes over the data do not overfit
         attention_probs_dropout_prob=0.0,
@@ -157,7 +174,9 @@ def write_config(directory: Path, tokenizer, max_length: int = LENGTH, layers=2,
 # ------------------------------------------------------------------------------------------- training and after
 
 
-def training_command(directory: Path, train_file: Path, validation_file: Path, **changes) -> list[str]:
+def training_command(
+    directory: Path, train_file: Path, validation_file: Path, **changes
+) -> list[str]:
     flags = {
         "output_dir": directory / "model",
         "overwrite_output_dir": True,
@@ -172,7 +191,9 @@ def training_command(directory: Path, train_file: Path, validation_file: Path, *
         **TRAINING,
         **changes,
     }
-    arguments = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
+    arguments = [
+        f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()
+    ]
     return [sys.executable, str(HERE / "run_mlm_flax.py"), *arguments]
 
 
@@ -182,11 +203,15 @@ def frequency_loss(tokenizer, train_file: Path, validation_file: Path) -> float:
 
     def counts(file):
         lines = file.read_text(encoding="utf-8").splitlines()
-        encoded = tokenizer(lines, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = tokenizer(
+            lines, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
         return np.bincount(np.concatenate(encoded).astype(int), minlength=len(tokenizer))
 
     frequencies = counts(train_file) + 0.1  # a token not seen in training is rare, not impossible
-    return float(-np.average(np.log(frequencies / frequencies.sum()), weights=counts(validation_file)))
+    return float(
+        -np.average(np.log(frequencies / frequencies.sum()), weights=counts(validation_file))
+    )
 
 
 def fill_mask(model_directory: Path, text: str, count: int = 3) -> list[tuple[str, float]]:
@@ -228,10 +253,16 @@ def shown(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a small masked-language model on Python's own documentation.")
-    parser.add_argument("--directory", type=Path, default=Path("quickstart"), help="where all goes (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Train a small masked-language model on Python's own documentation."
+    )
+    parser.add_argument(
+        "--directory", type=Path, default=Path("quickstart"), help="where all goes (%(default)s)"
+    )
     parser.add_argument("--corpus_only", action="store_true", help="stop before the training")
-    parser.add_argument("--max_steps", type=int, default=TRAINING["max_steps"], help="of training (%(default)s)")
+    parser.add_argument(
+        "--max_steps", type=int, default=TRAINING["max_steps"], help="of training (%(default)s)"
+    )
     args = parser.parse_args(argv)
     start = time.monotonic()
 
@@ -243,15 +274,23 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = train_tokenizer([train_file], args.directory / "start")
     config = write_config(args.directory / "start", tokenizer)
     guess = frequency_loss(tokenizer, train_file, validation_file)
-    print(f"Byte-level BPE of {len(tokenizer)} tokens and a RoBERTa of {config.num_hidden_layers} layers of")
+    print(
+        f"Byte-level BPE of {len(tokenizer)} tokens and a RoBERTa of {config.num_hidden_layers} layers of"
+    )
     print(f"width {config.hidden_size}: {shown(args.directory / 'start')}")
     if args.corpus_only:
         return 0
 
     heading("2. Training")
-    command = training_command(args.directory, train_file, validation_file, max_steps=args.max_steps)
-    name, *flags = (shlex.quote(shown(Path(word)) if word.endswith(".py") else word) for word in command[1:])
-    lines = textwrap.wrap(f"python {name} {' '.join(flags)}", 74, break_long_words=False, break_on_hyphens=False)
+    command = training_command(
+        args.directory, train_file, validation_file, max_steps=args.max_steps
+    )
+    name, *flags = (
+        shlex.quote(shown(Path(word)) if word.endswith(".py") else word) for word in command[1:]
+    )
+    lines = textwrap.wrap(
+        f"python {name} {' '.join(flags)}", 74, break_long_words=False, break_on_hyphens=False
+    )
     print(" \\\n    ".join(lines), flush=True)
     status = run(command)
     if status:
@@ -268,7 +307,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"    {token:20}{probability:6.1%}")
 
     heading("4. Next")
-    print(f"Look at the curves:   {shown(Path(sys.executable).parent / 'tensorboard')} --logdir {shown(model)}")
+    print(
+        f"Look at the curves:   {shown(Path(sys.executable).parent / 'tensorboard')} --logdir {shown(model)}"
+    )
     print("Train on your text:   the command above with --train_file=YOURS.txt")
     print(f"This took {time.monotonic() - start:.0f} s.")
     return 0

@@ -69,7 +69,10 @@ class SentencePieceUnigramTokenizer(BaseTokenizer):
         self.train_from_iterator(read_lines(files), vocab_size, show_progress)
 
     def train_from_iterator(
-        self, iterator: Iterable[str] | Iterable[list[str]], vocab_size: int = 8000, show_progress: bool = True
+        self,
+        iterator: Iterable[str] | Iterable[list[str]],
+        vocab_size: int = 8000,
+        show_progress: bool = True,
     ):
         """Learns at most `vocab_size` pieces, special tokens included, from texts or lists of texts."""
         trainer = trainers.UnigramTrainer(
@@ -79,7 +82,9 @@ class SentencePieceUnigramTokenizer(BaseTokenizer):
             show_progress=show_progress,
         )
         self._tokenizer.train_from_iterator(iterator, trainer=trainer)
-        self._tokenizer.model = self.reproducible(json.loads(self._tokenizer.to_str())["model"]["vocab"])
+        self._tokenizer.model = self.reproducible(
+            json.loads(self._tokenizer.to_str())["model"]["vocab"]
+        )
 
     def reproducible(self, learned: list[tuple[str, float]]) -> Unigram:
         """The model that the same text always gives.
@@ -88,11 +93,22 @@ class SentencePieceUnigramTokenizer(BaseTokenizer):
         of pieces: six digits are kept, as SentencePiece writes them. It also gives characters that would else be
         missing the lowest score, in any order a ten-thousandth more each: they all get the lowest.
         """
-        pieces = {piece: float(f"{score:.6g}") for piece, score in learned if piece not in self.special_tokens}
-        lowest, characters = min(pieces.values(), default=0.0), [piece for piece in pieces if len(piece) == 1]
+        pieces = {
+            piece: float(f"{score:.6g}")
+            for piece, score in learned
+            if piece not in self.special_tokens
+        }
+        lowest, characters = (
+            min(pieces.values(), default=0.0),
+            [piece for piece in pieces if len(piece) == 1],
+        )
         rare = {piece for piece in characters if pieces[piece] < lowest + 1e-4 * len(characters)}
-        ranked = sorted((-lowest if piece in rare else -score, piece) for piece, score in pieces.items())
-        vocabulary = [(token, 0.0) for token in self.special_tokens] + [(piece, -score) for score, piece in ranked]
+        ranked = sorted(
+            (-lowest if piece in rare else -score, piece) for piece, score in pieces.items()
+        )
+        vocabulary = [(token, 0.0) for token in self.special_tokens] + [
+            (piece, -score) for score, piece in ranked
+        ]
         return Unigram(vocabulary, unk_id=self.special_tokens.index(self.unk_token))
 
 
@@ -106,7 +122,12 @@ def read_lines(files: Iterable[str | Path]) -> Iterator[str]:
                 raise ValueError(f"{file}: {error}") from error
 
 
-def save_for_t5(tokenizer: SentencePieceUnigramTokenizer, output_dir: str | Path, extra_ids: int, max_length: int):
+def save_for_t5(
+    tokenizer: SentencePieceUnigramTokenizer,
+    output_dir: str | Path,
+    extra_ids: int,
+    max_length: int,
+):
     """Writes the folder that AutoTokenizer loads. <extra_id_0> has the last id, the other sentinels those below."""
     from transformers import T5TokenizerFast
 
@@ -114,17 +135,29 @@ def save_for_t5(tokenizer: SentencePieceUnigramTokenizer, output_dir: str | Path
     with_sentinels.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(extra_ids))])
     pad, eos, unk = tokenizer.special_tokens
     names = {"pad_token": pad, "eos_token": eos, "unk_token": unk}
-    fast = T5TokenizerFast(tokenizer_object=with_sentinels, extra_ids=extra_ids, model_max_length=max_length, **names)
+    fast = T5TokenizerFast(
+        tokenizer_object=with_sentinels, extra_ids=extra_ids, model_max_length=max_length, **names
+    )
     fast.save_pretrained(output_dir)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_file", nargs="+", required=True, help="Files of UTF-8 text, each line a text.")
-    parser.add_argument("--vocab_size", type=int, default=32000, help="Pieces to learn; the sentinels come on top.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--train_file", nargs="+", required=True, help="Files of UTF-8 text, each line a text."
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, default=32000, help="Pieces to learn; the sentinels come on top."
+    )
     parser.add_argument("--output_dir", required=True, help="Folder to write.")
-    parser.add_argument("--extra_ids", type=int, default=100, help="Sentinels, one for each masked span.")
-    parser.add_argument("--max_length", type=int, default=512, help="Default length of a sequence in training.")
+    parser.add_argument(
+        "--extra_ids", type=int, default=100, help="Sentinels, one for each masked span."
+    )
+    parser.add_argument(
+        "--max_length", type=int, default=512, help="Default length of a sequence in training."
+    )
     args = parser.parse_args(argv)
     for name, least in (("vocab_size", 4), ("extra_ids", 1), ("max_length", 3)):
         if getattr(args, name) < least:
@@ -140,11 +173,21 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{' '.join(args.train_file)}: no text to learn from")
         save_for_t5(tokenizer, args.output_dir, args.extra_ids, args.max_length)
     except Exception as error:  # tokenizers raises nothing more precise
-        problem = f"--vocab_size {args.vocab_size}: {error}" if "not large enough" in str(error) else error
+        problem = (
+            f"--vocab_size {args.vocab_size}: {error}"
+            if "not large enough" in str(error)
+            else error
+        )
         print(f"{Path(__file__).name}: error: {problem}", file=sys.stderr)
         return 1
-    fewer = f", fewer than --vocab_size {args.vocab_size}: the text has no more" if size < args.vocab_size else ""
-    print(f"{args.output_dir}: {size} pieces{fewer}, and {args.extra_ids} sentinels from id {size} on.")
+    fewer = (
+        f", fewer than --vocab_size {args.vocab_size}: the text has no more"
+        if size < args.vocab_size
+        else ""
+    )
+    print(
+        f"{args.output_dir}: {size} pieces{fewer}, and {args.extra_ids} sentinels from id {size} on."
+    )
     return 0
 
 

@@ -35,14 +35,18 @@ def median_seconds(function, repetitions: int) -> float:
     """CPU time of `function(repetition)`; the first tenth warms up."""
     times = []
     for repetition in range(repetitions + repetitions // 10):
-        start = time.thread_time()  # which other processes do not slow down as they do the clock on the wall
+        start = (
+            time.thread_time()
+        )  # which other processes do not slow down as they do the clock on the wall
         function(repetition)
         times.append(time.thread_time() - start)
     return statistics.median(times[repetitions // 10 :])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=200)
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
@@ -50,7 +54,11 @@ def main():
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = word_tokenizer(Path(directory), num_words=20_000)
-    figures = {"numpy": np.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    figures = {
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
     figures["million_tokens_per_second"] = {}
     print(f"{'rows x length':>14}{'collator':>12}{'by rows':>12}   million tokens a second")
     for rows, length in SHAPES:
@@ -67,9 +75,14 @@ def main():
 
         found = {
             "collator": rows * length / median_seconds(fast, args.repetitions) / 1e6,
-            "by_rows": len(plain) * length / median_seconds(slow, max(3, args.repetitions // 20)) / 1e6,
+            "by_rows": len(plain)
+            * length
+            / median_seconds(slow, max(3, args.repetitions // 20))
+            / 1e6,
         }
-        figures["million_tokens_per_second"][f"{rows}x{length}"] = {k: round(v, 3) for k, v in found.items()}
+        figures["million_tokens_per_second"][f"{rows}x{length}"] = {
+            k: round(v, 3) for k, v in found.items()
+        }
         print(f"{rows:>8} x {length:<4}{found['collator']:>11.1f}{found['by_rows']:>12.3f}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -36,7 +36,9 @@ XLA = {
     "as_it_is": "",
 }
 chosen = sys.argv[sys.argv.index("--xla") + 1] if "--xla" in sys.argv[:-1] else "memory"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA.get(chosen, '')}".strip()  # read when jax starts
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} {XLA.get(chosen, '')}".strip()
+)  # read when jax starts
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -67,7 +69,9 @@ def plain_step(state, totals, batch, seed, model, checkpointing):
 
     def loss_fn(params):
         with nn.intercept_methods(interceptor):
-            logits = model(input_ids, mask, params=params, dropout_rng=rng, train=True).logits[:, :-1]
+            logits = model(input_ids, mask, params=params, dropout_rng=rng, train=True).logits[
+                :, :-1
+            ]
         one_hot = jax.nn.one_hot(labels[:, 1:], logits.shape[-1])
         return optax.softmax_cross_entropy(logits.astype(jnp.float32), one_hot).mean()
 
@@ -82,19 +86,27 @@ def make_model(**settings):
     return args, config, model, script.make_optimizer(args, num_steps=10_000)[0]
 
 
-def temporaries(layers: int, plain: bool, checkpointing: bool, pieces: int = script.PIECES) -> float:
+def temporaries(
+    layers: int, plain: bool, checkpointing: bool, pieces: int = script.PIECES
+) -> float:
     """GB of the compiled step."""
     script.PIECES = pieces
     args, _, model, optimizer = make_model(n_layer=layers)
     params = jax.eval_shape(lambda: model.init_weights(jax.random.PRNGKey(0), (1, 1)))
-    state = jax.eval_shape(lambda params: TrainState.create(apply_fn=None, params=params, tx=optimizer), params)
+    state = jax.eval_shape(
+        lambda params: TrainState.create(apply_fn=None, params=params, tx=optimizer), params
+    )
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state)
     batch = {
-        name: jax.ShapeDtypeStruct((1, 1, 8, 512), jnp.int32) for name in ("input_ids", "attention_mask", "labels")
+        name: jax.ShapeDtypeStruct((1, 1, 8, 512), jnp.int32)
+        for name in ("input_ids", "attention_mask", "labels")
     }
     totals = {name: jax.ShapeDtypeStruct((1,), jnp.float32) for name in TOTALS}
     step = partial(
-        plain_step if plain else script.train_step, model=model, checkpointing=checkpointing, seed=args.seed
+        plain_step if plain else script.train_step,
+        model=model,
+        checkpointing=checkpointing,
+        seed=args.seed,
     )
     compiled = jax.pmap(step, "batch", donate_argnums=0).lower(state, totals, batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 1e9
@@ -106,7 +118,9 @@ def time_ratio(seconds: float) -> dict:
     _, params = script.load_model(args, config)
     state = jax.device_get(TrainState.create(apply_fn=None, params=params, tx=optimizer))
     copy = lambda tree: script.shard(jax.tree.map(lambda x: np.asarray(x)[None], tree))  # noqa: E731
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, SMALL_ROWS, SMALL_LENGTH), dtype=np.int32)
+    ids = np.random.default_rng(0).integers(
+        0, config.vocab_size, (1, SMALL_ROWS, SMALL_LENGTH), dtype=np.int32
+    )
     batch = copy({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids})
     totals = copy(dict.fromkeys(TOTALS, np.float32(0)))
     steps, states, times = {}, {}, {"script": [], "plain": []}
@@ -133,20 +147,38 @@ def time_ratio(seconds: float) -> dict:
     ratios = [a / b for a, b in zip(times["script"], times["plain"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     medians = {name: round(statistics.median(found), 4) for name, found in times.items()}
-    return {"rounds": len(ratios), "medians": medians, "ratio": round(middle, 3), "quartiles": [low, high]}
+    return {
+        "rounds": len(ratios),
+        "medians": medians,
+        "ratio": round(middle, 3),
+        "quartiles": [low, high],
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the time; 0: no time is taken")
-    parser.add_argument("--layers", type=int, default=12, help="of the model whose memory is asked for; 0: of none")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for the time; 0: no time is taken"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=12, help="of the model whose memory is asked for; 0: of none"
+    )
     parser.add_argument("--pieces", type=int, nargs="+", default=[script.PIECES], help="to compare")
     parser.add_argument("--xla", choices=XLA, default="memory", help="how it compiles, see above")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
-    figures = {"jax": jax.__version__, "machine": platform.machine(), "xla": args.xla, "temporaries": {}}
+    figures = {
+        "jax": jax.__version__,
+        "machine": platform.machine(),
+        "xla": args.xla,
+        "temporaries": {},
+    }
     if args.layers:
-        print(f"temporaries of the compiled step: GPT-2, {args.layers} layers, batch 8 x 512, jax {jax.__version__}")
+        print(
+            f"temporaries of the compiled step: GPT-2, {args.layers} layers, batch 8 x 512, jax {jax.__version__}"
+        )
         whole = None
         for checkpointing in (False, True):
             for pieces in (None, *args.pieces):
@@ -160,9 +192,12 @@ def main():
         figures["time"] = found = time_ratio(args.seconds)
         low, high = found["quartiles"]
         print(
-            f"time, {SMALL_ROWS} x {SMALL_LENGTH} tokens, {SMALL}: {found['ratio']:.2f} of the plain step's,", end=" "
+            f"time, {SMALL_ROWS} x {SMALL_LENGTH} tokens, {SMALL}: {found['ratio']:.2f} of the plain step's,",
+            end=" ",
         )
-        print(f"quartiles {low:.2f} - {high:.2f}, {found['rounds']} rounds, medians {found['medians']}")
+        print(
+            f"quartiles {low:.2f} - {high:.2f}, {found['rounds']} rounds, medians {found['medians']}"
+        )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

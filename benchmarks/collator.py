@@ -46,7 +46,9 @@ class TokenizerOfT5:
         return {f"<extra_id_{i}>": 32099 - i for i in range(100)}
 
 
-def mask_by_rows(input_ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator, probability: float = 0.15):
+def mask_by_rows(
+    input_ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator, probability: float = 0.15
+):
     """The objective in the plainest words: one row and one token after the other."""
     shown, labels = input_ids.copy(), np.full_like(input_ids, -100)
     for row in range(input_ids.shape[0]):
@@ -85,10 +87,16 @@ def corrupt_by_rows(rows: np.ndarray, num_noise: int, num_spans: int, rng: np.ra
         inputs[-1].append(1)
         targets[-1].append(1)
     labels = np.array(targets, np.int32)
-    return np.array(inputs, np.int32), labels, np.concatenate([np.zeros_like(labels[:, :1]), labels[:, :-1]], axis=1)
+    return (
+        np.array(inputs, np.int32),
+        labels,
+        np.concatenate([np.zeros_like(labels[:, :1]), labels[:, :-1]], axis=1),
+    )
 
 
-def make_batch(rows: int, length: int, rng: np.random.Generator, whole_words: bool) -> dict[str, np.ndarray]:
+def make_batch(
+    rows: int, length: int, rng: np.random.Generator, whole_words: bool
+) -> dict[str, np.ndarray]:
     input_ids = rng.integers(4, 50264, (rows, length), dtype=np.int32)
     input_ids[:, 0], input_ids[:, -1] = 0, 2
     batch = {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)}
@@ -133,7 +141,9 @@ def measure_by_rows(rows: int, length: int, repetitions: int) -> float:
 def measure_t5(rows: int, length: int, repetitions: int) -> tuple[float, float]:
     """Of the collator, and of the loop over rows."""
     collator = FlaxDataCollatorForT5MLM(TokenizerOfT5(), length)
-    input_ids = np.random.default_rng(0).integers(3, 32000, (rows, collator.max_length), dtype=np.int32)
+    input_ids = np.random.default_rng(0).integers(
+        3, 32000, (rows, collator.max_length), dtype=np.int32
+    )
 
     def prepare(repetition):
         rng = np.random.Generator(np.random.PCG64((42, 1, repetition)))
@@ -148,24 +158,36 @@ def measure_t5(rows: int, length: int, repetitions: int) -> tuple[float, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    figures = {"numpy": np.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    figures = {
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
     figures["million_tokens_per_second"] = {}
     columns = ("MLM", "whole words", "by rows", "T5", "by rows")
-    print(f"{'rows x length':>14}{''.join(f'{name:>14}' for name in columns)}   million tokens a second")
+    print(
+        f"{'rows x length':>14}{''.join(f'{name:>14}' for name in columns)}   million tokens a second"
+    )
     for rows, length in SHAPES:
         found = {
             "collator": measure(rows, length, args.repetitions, whole_words=False) / 1e6,
             "whole_words": measure(rows, length, args.repetitions, whole_words=True) / 1e6,
             "by_rows": measure_by_rows(rows, length, args.repetitions) / 1e6,
         }
-        found["t5"], found["t5_by_rows"] = (rate / 1e6 for rate in measure_t5(rows, length, args.repetitions))
-        figures["million_tokens_per_second"][f"{rows}x{length}"] = {k: round(v, 3) for k, v in found.items()}
+        found["t5"], found["t5_by_rows"] = (
+            rate / 1e6 for rate in measure_t5(rows, length, args.repetitions)
+        )
+        figures["million_tokens_per_second"][f"{rows}x{length}"] = {
+            k: round(v, 3) for k, v in found.items()
+        }
         print(f"{rows:>8} x {length:<3}{''.join(f'{rate:>14.2f}' for rate in found.values())}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -15,7 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-GREY, BLUE, ORANGE = "#808080", "#2f81f7", "#db6d28"  # of a contrast of 3 or more with white and with near black
+GREY, BLUE, ORANGE = (
+    "#808080",
+    "#2f81f7",
+    "#db6d28",
+)  # of a contrast of 3 or more with white and with near black
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "curves",  # else ids are random
@@ -37,7 +41,9 @@ def read_scalars(model_dir: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(model_dir), size_guidance={"tensors": 0}).Reload()
     found = {}
     for name in events.Tags()["tensors"]:
-        values = {event.step: float(event.tensor_proto.float_val[0]) for event in events.Tensors(name)}
+        values = {
+            event.step: float(event.tensor_proto.float_val[0]) for event in events.Tensors(name)
+        }
         found[name] = sorted(values.items())
     return found
 
@@ -60,17 +66,31 @@ def draw(model_dir: Path, output: Path):
         (left, *right) = figure.subplots(1, panels, squeeze=False)[0]
         left.set_title("loss, nats a token")
         last = {name: points[-1][1] for name, points in scalars.items()}
-        above = last.get("train_loss", 0) > last.get("eval_loss", 0)  # labels stand apart, however close the curves
+        above = last.get("train_loss", 0) > last.get(
+            "eval_loss", 0
+        )  # labels stand apart, however close the curves
         for name, color, up in (("train_loss", BLUE, above), ("eval_loss", ORANGE, not above)):
             if name in scalars:
                 label = f"{name.partition('_')[0]} {last[name]:.2f}"
                 label = f"{label}\n" if up else f"\n{label}"
-                marker = {"marker": "o", "markersize": 4} if name == "eval_loss" or len(scalars[name]) == 1 else {}
+                marker = (
+                    {"marker": "o", "markersize": 4}
+                    if name == "eval_loss" or len(scalars[name]) == 1
+                    else {}
+                )
                 plot(left, scalars[name], name, label, color=color, **marker)
         for axes in right:
             axes.set_title("eval_accuracy, of the hidden tokens")
             label = f"{last['eval_accuracy']:.1%}"
-            plot(axes, scalars["eval_accuracy"], "eval_accuracy", label, color=ORANGE, marker="o", markersize=4)
+            plot(
+                axes,
+                scalars["eval_accuracy"],
+                "eval_accuracy",
+                label,
+                color=ORANGE,
+                marker="o",
+                markersize=4,
+            )
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -78,11 +98,15 @@ def draw(model_dir: Path, output: Path):
             axes.set_xlabel("step")
             axes.set_xlim(left=0)
             axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
-        figure.savefig(output, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            output, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model_dir", type=Path, help="the output directory of a run")
     parser.add_argument("--output", type=Path, required=True, help="the file to write, .svg")
     args = parser.parse_args()

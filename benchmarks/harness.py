@@ -59,7 +59,9 @@ def write_corpus(directory: Path, megabytes: float) -> Path:
     return path
 
 
-def write_model(directory: Path, text: Path, model_type: str, size: str, length: int, vocab_size: int) -> Path:
+def write_model(
+    directory: Path, text: Path, model_type: str, size: str, length: int, vocab_size: int
+) -> Path:
     """A folder with a tokenizer, a byte-level BPE with the special tokens of all objectives, and a configuration. The
     model has `vocab_size` rows also where the text is too small for so many pieces."""
     from transformers import CONFIG_MAPPING
@@ -69,31 +71,70 @@ def write_model(directory: Path, text: Path, model_type: str, size: str, length:
     folder = directory / f"{model_type}-{size}-{length}"
     tokenizer = quickstart.train_tokenizer([text], folder, vocab_size=vocab_size, max_length=length)
     if model_type == "t5":
-        tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(NUM_SENTINELS)]})
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [f"<extra_id_{i}>" for i in range(NUM_SENTINELS)]}
+        )
         tokenizer.save_pretrained(folder)
     layers, width, heads = SIZES[size]
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    ids = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")
+    }
     sizes = {
         "roberta": {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-        | {"intermediate_size": 4 * width, "max_position_embeddings": length + 2, "type_vocab_size": 1},
+        | {
+            "intermediate_size": 4 * width,
+            "max_position_embeddings": length + 2,
+            "type_vocab_size": 1,
+        },
         "gpt2": {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": length},
-        "t5": {"num_layers": layers, "d_model": width, "num_heads": heads, "d_kv": width // heads, "d_ff": 4 * width},
-        "bart": {"encoder_layers": layers, "decoder_layers": layers, "d_model": width, "encoder_ffn_dim": 4 * width}
-        | {"decoder_ffn_dim": 4 * width, "encoder_attention_heads": heads, "decoder_attention_heads": heads}
+        "t5": {
+            "num_layers": layers,
+            "d_model": width,
+            "num_heads": heads,
+            "d_kv": width // heads,
+            "d_ff": 4 * width,
+        },
+        "bart": {
+            "encoder_layers": layers,
+            "decoder_layers": layers,
+            "d_model": width,
+            "encoder_ffn_dim": 4 * width,
+        }
+        | {
+            "decoder_ffn_dim": 4 * width,
+            "encoder_attention_heads": heads,
+            "decoder_attention_heads": heads,
+        }
         | {"max_position_embeddings": length},
     }
-    config = CONFIG_MAPPING[model_type](vocab_size=max(vocab_size, len(tokenizer)), **ids, **sizes[model_type])
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=max(vocab_size, len(tokenizer)), **ids, **sizes[model_type]
+    )
     config.save_pretrained(folder)
     return folder
 
 
-def command(objective: str, folder: Path, text: Path, output_dir: Path, rows: int, length: int, **flags):
+def command(
+    objective: str, folder: Path, text: Path, output_dir: Path, rows: int, length: int, **flags
+):
     """Script and flags of a run that only trains; further flags as {name: value}, a switch as True."""
     script, model_type, length_flag = OBJECTIVES[objective]
-    given = {"output_dir": output_dir, "model_type": model_type, "config_name": folder, "tokenizer_name": folder}
-    given |= {"train_file": text, length_flag: length, "per_device_train_batch_size": rows, "do_train": True}
+    given = {
+        "output_dir": output_dir,
+        "model_type": model_type,
+        "config_name": folder,
+        "tokenizer_name": folder,
+    }
+    given |= {
+        "train_file": text,
+        length_flag: length,
+        "per_device_train_batch_size": rows,
+        "do_train": True,
+    }
     given |= {"overwrite_output_dir": True, "save_steps": 10**6, "learning_rate": 1e-4, **flags}
-    return script, [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    return script, [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()
+    ]
 
 
 def processor() -> str:
@@ -113,17 +154,24 @@ def write_json(path: Path | None, figures):
         del words[words.index("--json") : words.index("--json") + 2]
     found = {"command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])}
     found |= {"processor": processor(), "python": platform.python_version()}
-    found |= {name: metadata.version(name) for name in ("jax", "flax", "transformers", "datasets", "tokenizers")}
+    found |= {
+        name: metadata.version(name)
+        for name in ("jax", "flax", "transformers", "datasets", "tokenizers")
+    }
     path.write_text(json.dumps(found | {"figures": figures}, indent=1) + "\n")
 
 
-def run(directory: Path, script: str, flags: list[str], env: dict | None = None, **settings) -> dict:
+def run(
+    directory: Path, script: str, flags: list[str], env: dict | None = None, **settings
+) -> dict:
     """Notes of a run; `settings` are those of `Notes`. A run that fails ends the benchmark with its error."""
     (process,) = start(directory, script, flags, [env or {}], **settings)
     return finish(directory, [process])
 
 
-def start(directory: Path, script: str, flags: list[str], envs: list[dict], **settings) -> list[subprocess.Popen]:
+def start(
+    directory: Path, script: str, flags: list[str], envs: list[dict], **settings
+) -> list[subprocess.Popen]:
     """A process for each of `envs`, in which XLA_FLAGS and the variables of a cluster may be."""
     (directory / "notes.json").unlink(missing_ok=True)
     settings = {"notes": str(directory / "notes.json"), "start": time.time()} | settings
@@ -132,7 +180,9 @@ def start(directory: Path, script: str, flags: list[str], envs: list[dict], **se
     given = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(directory / "datasets")}
     given |= {"JAX_COMPILATION_CACHE_DIR": str(directory / "compiled")}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}  # Gloo writes to the former
-    return [subprocess.Popen(arguments, env={**os.environ, **given, **env}, **pipes) for env in envs]
+    return [
+        subprocess.Popen(arguments, env={**os.environ, **given, **env}, **pipes) for env in envs
+    ]
 
 
 def finish(directory: Path, processes: list[subprocess.Popen]) -> dict:
@@ -159,9 +209,13 @@ def count_flops(program) -> float:
             for axis in contracted:
                 sums *= equation.invars[0].aval.shape[axis]
             total += 2 * equation.outvars[0].aval.size * sums
-        leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        leaves = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        )
         inner = [count_flops(x) for x in leaves if hasattr(x, "eqns")]
-        total += (max if equation.primitive.name == "cond" else sum)(inner or [0.0]) * equation.params.get("length", 1)
+        total += (max if equation.primitive.name == "cond" else sum)(
+            inner or [0.0]
+        ) * equation.params.get("length", 1)
     return total
 
 
@@ -186,7 +240,11 @@ class Notes:
 
     def __init__(self, script, settings: dict):
         self.settings, self.steps, self.last, self.segments = settings, 0, None, []
-        self.found = {"imports": time.time() - settings["start"], "data": 0.0, "initialization": 0.0}
+        self.found = {
+            "imports": time.time() - settings["start"],
+            "data": 0.0,
+            "initialization": 0.0,
+        }
         for kind, names in (("data", DATA), ("initialization", INITIALIZATION)):
             for name in names:
                 if hasattr(script, name):
@@ -225,7 +283,10 @@ class Notes:
         self.steps += 1
         if self.steps == 1:
             self.found["compilation"] = time.perf_counter() - begin
-            self.found["to_first_step"], begin = time.time() - self.settings["start"], time.perf_counter()
+            self.found["to_first_step"], begin = (
+                time.time() - self.settings["start"],
+                time.perf_counter(),
+            )
             jax.block_until_ready(self.last)
             self.found["first_step"] = time.perf_counter() - begin
         segment = self.settings.get("segment")
@@ -245,14 +306,18 @@ class Notes:
 
         found, batch = self.found, self.last[-1]
         found["tokens"] = batch["attention_mask"].size * jax.process_count()
-        found["flops"] = count_flops(jax.make_jaxpr(self.countable)(*self.last).jaxpr) * jax.device_count()
+        found["flops"] = (
+            count_flops(jax.make_jaxpr(self.countable)(*self.last).jaxpr) * jax.device_count()
+        )
         if self.segments:
             found["loop"], found["bare"] = map(statistics.median, zip(*self.segments, strict=True))
             found["ratio"] = statistics.median(loop / bare for loop, bare in self.segments)
         if "product" in self.settings:
             found["product_flops"] = product_flops(*self.settings["product"])
         memory = [device.memory_stats() for device in jax.local_devices()]
-        found["peak_bytes"] = max((stats["peak_bytes_in_use"] for stats in memory if stats), default=None)
+        found["peak_bytes"] = max(
+            (stats["peak_bytes_in_use"] for stats in memory if stats), default=None
+        )
         found |= {"device": jax.local_devices()[0].device_kind, "jax": jax.__version__}
         if jax.process_index() == 0:
             Path(self.settings["notes"]).write_text(json.dumps(found))

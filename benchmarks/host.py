@@ -70,11 +70,16 @@ def batch_by_rows(objective: str, collator, rows: list[list[int]], seed: int):
     if objective == "span-masked":
         from collator import corrupt_by_rows
 
-        return corrupt_by_rows(np.array(rows, np.int32), collator.num_noise, collator.num_spans, rng)
+        return corrupt_by_rows(
+            np.array(rows, np.int32), collator.num_noise, collator.num_spans, rng
+        )
     from test_bart_objective import denoise_row
 
     starts = [[1] + [0] * (len(row) - 1) for row in rows]  # each row one sentence
-    return [denoise_row(*row, random.Random(seed), 0.3, 1.0, 3.0) for row in zip(rows, starts, strict=True)]
+    return [
+        denoise_row(*row, random.Random(seed), 0.3, 1.0, 3.0)
+        for row in zip(rows, starts, strict=True)
+    ]
 
 
 def median_seconds(function, repetitions: int) -> float:
@@ -88,9 +93,18 @@ def median_seconds(function, repetitions: int) -> float:
 
 def measure(args, directory: Path, objective: str) -> dict:
     text = harness.write_corpus(directory, args.megabytes)
-    folder = harness.write_model(directory, text, harness.OBJECTIVES[objective][1], "small", args.length, 8000)
+    folder = harness.write_model(
+        directory, text, harness.OBJECTIVES[objective][1], "small", args.length, 8000
+    )
     name, flags = harness.command(
-        objective, folder, text, directory / "out", args.rows, args.length, overwrite_cache=True, max_steps=1
+        objective,
+        folder,
+        text,
+        directory / "out",
+        args.rows,
+        args.length,
+        overwrite_cache=True,
+        max_steps=1,
     )
     script = import_module(name.removesuffix(".py"))
     found = capture(script, flags)
@@ -132,7 +146,9 @@ def measure(args, directory: Path, objective: str) -> dict:
     ends = sequences.ends[:8].tolist()
     length = ends[1] - ends[0]  # in the data: T5's is longer than its inputs
     rows = [sequences.input_ids[end - length : end].tolist() for end in ends]
-    by_rows = median_seconds(lambda seed: batch_by_rows(objective, collator, rows, seed), args.repetitions)
+    by_rows = median_seconds(
+        lambda seed: batch_by_rows(objective, collator, rows, seed), args.repetitions
+    )
     return {
         "tokenizer": num_tokens / alone,
         "prepared": num_tokens / prepared,
@@ -143,8 +159,12 @@ def measure(args, directory: Path, objective: str) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", choices=harness.OBJECTIVES, default=list(harness.OBJECTIVES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--objectives", nargs="+", choices=harness.OBJECTIVES, default=list(harness.OBJECTIVES)
+    )
     parser.add_argument("--megabytes", type=float, default=4)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
@@ -153,14 +173,18 @@ def main():
     args = parser.parse_args()
     datasets.disable_progress_bars()
     figures, kinds = {}, ("tokenizer", "prepared", "batches", "batches_by_rows")
-    print(f"million tokens a second, {args.rows} x {args.length} a batch, medians of {args.repetitions}")
+    print(
+        f"million tokens a second, {args.rows} x {args.length} a batch, medians of {args.repetitions}"
+    )
     print(f"{'':12}{'tokenizer':>12}{'prepared':>12}{'share':>8}{'batches':>12}{'by rows':>12}")
     with tempfile.TemporaryDirectory() as name:
         os.environ["HF_DATASETS_CACHE"] = f"{name}/datasets"
         for objective in args.objectives:
             found = figures[objective] = measure(args, Path(name), objective)
             alone, prepared, batches, by_rows = (found[kind] / 1e6 for kind in kinds)
-            print(f"{objective:12}{alone:12.2f}{prepared:12.2f}{found['share']:8.0%}{batches:12.1f}{by_rows:12.2f}")
+            print(
+                f"{objective:12}{alone:12.2f}{prepared:12.2f}{found['share']:8.0%}{batches:12.1f}{by_rows:12.2f}"
+            )
     harness.write_json(args.json, figures)
 
 

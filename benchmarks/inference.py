@@ -22,7 +22,15 @@ PLAIN = """import sys, run_bert_flax
 run_bert_flax.accumulate_in_float32 = lambda function: function
 sys.exit(run_bert_flax.cli_of_benchmark(sys.argv[1:]))"""
 PRECISIONS = ("float32", "bfloat16")
-COLUMNS = ("examples/s", "tokens/s", "median ms", "95% ms", "GFLOP/s", "% of a product", "product's GFLOP/s")
+COLUMNS = (
+    "examples/s",
+    "tokens/s",
+    "median ms",
+    "95% ms",
+    "GFLOP/s",
+    "% of a product",
+    "product's GFLOP/s",
+)
 
 
 def compare(code: list[str], flags: list[str]) -> dict:
@@ -43,7 +51,9 @@ def compare(code: list[str], flags: list[str]) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--plain_iters", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
@@ -57,16 +67,26 @@ def main():
             runs[way].append(found)
             print(f"{way}: bfloat16 is {found['ratio']:.2f} times as fast as float32", flush=True)
     figures = {}
-    print(f"\nmedians of {args.runs} runs\n{'':18}" + "".join(f"{name:>{len(name) + 3}}" for name in COLUMNS))
+    print(
+        f"\nmedians of {args.runs} runs\n{'':18}"
+        + "".join(f"{name:>{len(name) + 3}}" for name in COLUMNS)
+    )
     for way, found in runs.items():
         for name in PRECISIONS:
-            row = {column: statistics.median(run[name][column] for run in found) for column in COLUMNS}
+            row = {
+                column: statistics.median(run[name][column] for run in found) for column in COLUMNS
+            }
             figures[f"{way}, {name}"] = row
-            print(f"{way + ', ' + name:18}" + "".join(f"{row[column]:>{len(column) + 3},.6g}" for column in COLUMNS))
+            print(
+                f"{way + ', ' + name:18}"
+                + "".join(f"{row[column]:>{len(column) + 3},.6g}" for column in COLUMNS)
+            )
         ratios = [run["ratio"] for run in found]
         figures[f"{way}, ratios"] = ratios
         figures[f"{way}, error"] = statistics.median(run["error"] for run in found)
-        print(f"{way}: ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{way}: ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
     harness.write_json(args.json, figures)
 
 

@@ -71,7 +71,9 @@ def plain_step(state, totals, batch, model, seed, one_hot: bool = True):
 
     def loss_fn(params):
         inputs = batch["input_ids"], batch["attention_mask"]
-        logits = model(*inputs, params=params, dropout_rng=dropout_rng, train=True).logits.astype(jnp.float32)
+        logits = model(*inputs, params=params, dropout_rng=dropout_rng, train=True).logits.astype(
+            jnp.float32
+        )
         if one_hot:
             losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
         else:
@@ -81,7 +83,10 @@ def plain_step(state, totals, batch, model, seed, one_hot: bool = True):
     loss_and_grads = jax.value_and_grad(loss_fn)(state.params)
     (loss, grads), predicted = jax.lax.psum((loss_and_grads, mask.sum()), "batch")
     grads = jax.tree.map(lambda grad: grad / predicted, grads)
-    return state.apply_gradients(grads=grads), {"loss": totals["loss"] + loss, "predicted": predicted}
+    return state.apply_gradients(grads=grads), {
+        "loss": totals["loss"] + loss,
+        "predicted": predicted,
+    }
 
 
 def with_threefry(*args, **kwargs):
@@ -107,8 +112,14 @@ def make_steps(layers: int, width: int, heads: int, intermediate: int, vocabular
     collator = script.FlaxDataCollatorForLanguageModeling(Tokenizer(vocabulary), LENGTH)
     tokens = np.random.default_rng(0).integers(5, vocabulary, 16 * ROWS * LENGTH, dtype=np.int32)
     ends = np.arange(LENGTH, len(tokens) + 1, LENGTH)
-    sequences = script.Sequences(tokens, np.zeros(len(tokens), np.int8), ends - LENGTH, ends, LENGTH, LENGTH)
-    batches = list(map(script.shard, script.train_batches(sequences, collator, args.seed, range(16), (1, ROWS))))
+    sequences = script.Sequences(
+        tokens, np.zeros(len(tokens), np.int8), ends - LENGTH, ends, LENGTH, LENGTH
+    )
+    batches = list(
+        map(
+            script.shard, script.train_batches(sequences, collator, args.seed, range(16), (1, ROWS))
+        )
+    )
     copy = lambda tree: script.shard(jax.tree.map(lambda x: np.asarray(x)[None], tree))  # noqa: E731
     zeros = copy(dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), np.float32(0)))
     fixed = {"model": model, "seed": args.seed}
@@ -154,23 +165,32 @@ def measure(size, seconds: float) -> dict:
             processor[name].append(time.process_time() - start[1])
     figures = {"rounds": len(wall["script"]), "first_loss": first, "steps": {}}
     for name in steps:
-        ratios = [step / script_step for step, script_step in zip(wall[name], wall["script"], strict=True)]
+        ratios = [
+            step / script_step for step, script_step in zip(wall[name], wall["script"], strict=True)
+        ]
         low, middle, high = statistics.quantiles(ratios, n=4)
         found = {
             "median_milliseconds": statistics.median(wall[name]) * 1e3,
             "ratio_of_medians": statistics.median(wall[name]) / statistics.median(wall["script"]),
             "median_of_ratios": middle,
             "quartiles_of_ratios": [low, high],
-            "ratio_of_processor_time": statistics.median(processor[name]) / statistics.median(processor["script"]),
+            "ratio_of_processor_time": statistics.median(processor[name])
+            / statistics.median(processor["script"]),
         }
         figures["steps"][name] = found
     return figures
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=45.0, help="a model; at least ten rounds in any case")
-    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES), help="default: both")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=45.0, help="a model; at least ten rounds in any case"
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=SIZES, default=list(SIZES), help="default: both"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
     figures = {}
@@ -178,7 +198,9 @@ def main():
         f"{harness.processor()}, jax {jax.__version__}, flax {flax_version}, transformers {transformers.__version__}"
     )
     print(f"batch {ROWS} x {LENGTH}; ratios are to the step of the script, times are medians\n")
-    print(f"model    step            ms{'of medians':>12}{'of pairs':>10}{'quartiles':>14}{'CPU':>7}{'demand':>8}")
+    print(
+        f"model    step            ms{'of medians':>12}{'of pairs':>10}{'quartiles':>14}{'CPU':>7}{'demand':>8}"
+    )
     for name in args.models:
         *size, demanded = SIZES[name]
         figures[name] = measured = {"demanded": demanded, **measure(size, args.seconds)}

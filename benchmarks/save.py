@@ -21,7 +21,9 @@ import harness
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=harness.SIZES, default="base")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
@@ -42,7 +44,9 @@ def main():
         config, tokenizer, _ = script.load_config_and_tokenizer(settings)
         model, params = script.load_model(settings, config)
         optimizer, _ = script.make_optimizer(settings, 100)
-        state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
+        state = jax.device_get(
+            jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params)
+        )
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         state = script.shard(jax.tree.map(lambda x: np.broadcast_to(x, (1, *np.shape(x))), state))
         with script.Saver(settings, model, tokenizer, {}, 0, None) as saver:
@@ -57,9 +61,15 @@ def main():
                 saver.saving.result()
                 seconds["written"].append(time.perf_counter() - begin)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    figures = {"gigabytes": size / 1e9, **medians, "stopped_to_copy": medians["stopped"] / medians["copy"]}
+    figures = {
+        "gigabytes": size / 1e9,
+        **medians,
+        "stopped_to_copy": medians["stopped"] / medians["copy"],
+    }
     print(f"A state of {figures['gigabytes']:.2f} GB, medians of {args.repetitions} saves:")
-    print(f"stopped {medians['stopped']:.2f} s, copy {medians['copy']:.2f} s, written {medians['written']:.2f} s")
+    print(
+        f"stopped {medians['stopped']:.2f} s, copy {medians['copy']:.2f} s, written {medians['written']:.2f} s"
+    )
     harness.write_json(args.json, figures)
 
 

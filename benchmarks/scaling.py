@@ -33,22 +33,33 @@ def cluster(processes: int, devices: int) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--objective", choices=harness.OBJECTIVES, default="masked")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="in all")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--size", choices=harness.SIZES, default="small", help="2 layers of 128, or 12 of 768")
+    parser.add_argument(
+        "--size", choices=harness.SIZES, default="small", help="2 layers of 128, or 12 of 768"
+    )
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument(
-        "--segment", type=int, default=25, help="steps of the run, then as many on the batch that lies"
+        "--segment",
+        type=int,
+        default=25,
+        help="steps of the run, then as many on the batch that lies",
     )
     parser.add_argument("--segments", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
     figures = []
-    print(f"{args.objective}, {args.size}, {ROWS} x {args.length} tokens a step, medians of {args.runs} runs")
-    print(f"{'processes':>10}{'devices':>9}{'bare ms':>10}{'loop ms':>10}{'added ms':>10}{'loop / bare':>13}")
+    print(
+        f"{args.objective}, {args.size}, {ROWS} x {args.length} tokens a step, medians of {args.runs} runs"
+    )
+    print(
+        f"{'processes':>10}{'devices':>9}{'bare ms':>10}{'loop ms':>10}{'added ms':>10}{'loop / bare':>13}"
+    )
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         text = harness.write_corpus(directory, 4)
@@ -64,15 +75,26 @@ def main():
             runs = []
             for _ in range(args.runs):
                 started = harness.start(
-                    directory, script, flags, cluster(processes, devices // processes), segment=args.segment
+                    directory,
+                    script,
+                    flags,
+                    cluster(processes, devices // processes),
+                    segment=args.segment,
                 )
                 runs.append(harness.finish(directory, started))
-            bare, loop = (1e3 * statistics.median(run[kind] for run in runs) for kind in ("bare", "loop"))
+            bare, loop = (
+                1e3 * statistics.median(run[kind] for run in runs) for kind in ("bare", "loop")
+            )
             ratio = statistics.median(run["ratio"] for run in runs)
             added = bare * (ratio - 1)
-            figures.append({"processes": processes, "devices": devices, "bare_ms": bare, "loop_ms": loop})
+            figures.append(
+                {"processes": processes, "devices": devices, "bare_ms": bare, "loop_ms": loop}
+            )
             figures[-1] |= {"added_ms": added, "ratio": ratio}
-            print(f"{processes:>10}{devices:>9}{bare:>10.1f}{loop:>10.1f}{added:>10.2f}{ratio:>13.3f}", flush=True)
+            print(
+                f"{processes:>10}{devices:>9}{bare:>10.1f}{loop:>10.1f}{added:>10.2f}{ratio:>13.3f}",
+                flush=True,
+            )
     harness.write_json(args.json, figures)
 
 

@@ -20,7 +20,9 @@ PARTS = ("imports", "data", "initialization", "compilation")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--objective", choices=harness.OBJECTIVES, default="masked")
     parser.add_argument("--sizes", nargs="+", choices=harness.SIZES, default=list(harness.SIZES))
     parser.add_argument("--length", type=int, default=128)
@@ -29,7 +31,9 @@ def main():
     args = parser.parse_args()
     figures = {}
     columns = (*PARTS, "other", "all")
-    print(f"seconds to the first step of {args.objective} language modeling, medians of {args.runs} runs")
+    print(
+        f"seconds to the first step of {args.objective} language modeling, medians of {args.runs} runs"
+    )
     print(f"{'':12}" + "".join(f"{name:>{len(name) + 3}}" for name in columns))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -39,7 +43,14 @@ def main():
             model_type = harness.OBJECTIVES[args.objective][1]
             folder = harness.write_model(directory, text, model_type, size, args.length, vocab_size)
             script, flags = harness.command(
-                args.objective, folder, text, directory / "out", 8, args.length, max_steps=1, overwrite_cache=True
+                args.objective,
+                folder,
+                text,
+                directory / "out",
+                8,
+                args.length,
+                max_steps=1,
+                overwrite_cache=True,
             )
             runs = {"cold": [], "warm": []}
             for _ in range(args.runs):
@@ -47,15 +58,24 @@ def main():
                 for kind in runs:
                     notes = harness.run(directory, script, flags)
                     other = notes["to_first_step"] - sum(notes[part] for part in PARTS)
-                    runs[kind].append([*(notes[part] for part in PARTS), other, notes["to_first_step"]])
+                    runs[kind].append(
+                        [*(notes[part] for part in PARTS), other, notes["to_first_step"]]
+                    )
             for kind, found in runs.items():
                 medians = [statistics.median(column) for column in zip(*found, strict=True)]
                 figures[f"{size}, {kind}"] = dict(zip(columns, medians, strict=True))
-                numbers = "".join(f"{value:>{len(name) + 3}.1f}" for name, value in zip(columns, medians, strict=True))
+                numbers = "".join(
+                    f"{value:>{len(name) + 3}.1f}"
+                    for name, value in zip(columns, medians, strict=True)
+                )
                 print(f"{size + ', ' + kind:12}{numbers}", flush=True)
-            ratio = statistics.median(warm[-1] / cold[-1] for cold, warm in zip(*runs.values(), strict=True))
+            ratio = statistics.median(
+                warm[-1] / cold[-1] for cold, warm in zip(*runs.values(), strict=True)
+            )
             figures[f"{size}, ratio"] = ratio
-            print(f"{size}: warm start takes {ratio:.0%} of the cold one, median of pairs", flush=True)
+            print(
+                f"{size}: warm start takes {ratio:.0%} of the cold one, median of pairs", flush=True
+            )
     harness.write_json(args.json, figures)
 
 

@@ -32,10 +32,20 @@ def measure(args, directory: Path, objective: str) -> dict:
     steps = harness.WARM_UP + args.segments * args.segment
     more = {"max_steps": steps, "logging_steps": 20, "dtype": args.dtype}
     script, flags = harness.command(
-        objective, folder, text, directory / "out", args.rows, args.length, **more, **dict(args.flags)
+        objective,
+        folder,
+        text,
+        directory / "out",
+        args.rows,
+        args.length,
+        **more,
+        **dict(args.flags),
     )
     product = (args.dtype, 8192 if args.size == "base" else 2048)
-    runs = [harness.run(directory, script, flags, segment=args.segment, product=product) for _ in range(args.runs)]
+    runs = [
+        harness.run(directory, script, flags, segment=args.segment, product=product)
+        for _ in range(args.runs)
+    ]
     median = lambda values: statistics.median(values)  # noqa: E731
     return {
         "tokens_per_second": median(run["tokens"] / run["bare"] for run in runs),
@@ -51,27 +61,42 @@ def measure(args, directory: Path, objective: str) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", choices=harness.OBJECTIVES, default=list(harness.OBJECTIVES))
-    parser.add_argument("--size", choices=harness.SIZES, default="small", help="2 layers of 128, or 12 of 768")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--objectives", nargs="+", choices=harness.OBJECTIVES, default=list(harness.OBJECTIVES)
+    )
+    parser.add_argument(
+        "--size", choices=harness.SIZES, default="small", help="2 layers of 128, or 12 of 768"
+    )
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--vocab_size", type=int, default=8000)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
-        "--segment", type=int, default=25, help="steps of the run, then as many on the batch that lies"
+        "--segment",
+        type=int,
+        default=25,
+        help="steps of the run, then as many on the batch that lies",
     )
     parser.add_argument("--segments", type=int, default=6)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument(
-        "--flags", nargs="*", type=lambda x: x.split("=", 1), default=[], help="NAME=VALUE of the script"
+        "--flags",
+        nargs="*",
+        type=lambda x: x.split("=", 1),
+        default=[],
+        help="NAME=VALUE of the script",
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         os.environ["XLA_FLAGS"] = ""  # one device, which has all cores
     figures = {}
-    print(f"{args.size}, {args.rows} x {args.length} tokens, {args.dtype}, medians of {args.runs} runs")
+    print(
+        f"{args.size}, {args.rows} x {args.length} tokens, {args.dtype}, medians of {args.runs} runs"
+    )
     print(f"{'':12}{'tokens/s':>12}{'utilization':>13}{'loop':>8}{'waiting':>10}")
     with tempfile.TemporaryDirectory() as directory:
         for objective in args.objectives:
@@ -81,7 +106,10 @@ def main():
                 f"{found['ratio']:>8.3f}{max(found['waiting'], 0):>10.1%}",
                 flush=True,
             )
-    about = {name: getattr(args, name) for name in ("size", "rows", "length", "vocab_size", "dtype", "runs")}
+    about = {
+        name: getattr(args, name)
+        for name in ("size", "rows", "length", "vocab_size", "dtype", "runs")
+    }
     harness.write_json(args.json, about | figures)
 
 

@@ -37,7 +37,10 @@ os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", JAX_CPU_ENABLE_ASYNC_
 def tokenize(tokenizer, texts: list[str]) -> int:
     """Returns the number of tokens."""
     batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))
-    encoded = (tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"] for batch in batches)
+    encoded = (
+        tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]
+        for batch in batches
+    )
     return sum(len(ids) for rows in encoded for ids in rows)
 
 
@@ -56,7 +59,9 @@ def deliver(tokenizer, builder: str, path: Path, num_tokens: int) -> int:
     blocks = texts.blocks(position, batch_size, None, [0], np.zeros(0, np.int32))
     collator = stream.FlaxDataCollatorForLanguageModeling(tokenizer, LENGTH)
     steps = range(num_tokens // LENGTH // batch_size)
-    batches = stream.train_batches(stream.shuffle(blocks, 1000, 42), collator, 42, steps, (1, BATCH_SIZE), {})
+    batches = stream.train_batches(
+        stream.shuffle(blocks, 1000, 42), collator, 42, steps, (1, BATCH_SIZE), {}
+    )
     return sum(batch["input_ids"].size for batch in stream.prefetch(batches))
 
 
@@ -77,9 +82,13 @@ def measure_rate(repetitions: int, directory: Path) -> dict:
 
     datasets.disable_progress_bars()
     train_file, _ = quickstart.build_corpus(directory)
-    quickstart.train_tokenizer([train_file], directory / "start", vocab_size=8000, max_length=LENGTH)
+    quickstart.train_tokenizer(
+        [train_file], directory / "start", vocab_size=8000, max_length=LENGTH
+    )
     tokenizer = AutoTokenizer.from_pretrained(directory / "start")
-    lines = 3 * train_file.read_text(encoding="utf-8").splitlines()  # the end of an epoch reads some of the next
+    lines = (
+        3 * train_file.read_text(encoding="utf-8").splitlines()
+    )  # the end of an epoch reads some of the next
     documents = ["\n".join(lines[i : i + 8]) for i in range(0, len(lines), 8)]
     (directory / "lines.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     table = pyarrow.table({"text": documents, "number": list(range(len(documents)))})
@@ -89,7 +98,10 @@ def measure_rate(repetitions: int, directory: Path) -> dict:
         f"Tokens a second on {figures['cores']} cores, medians, and the ratio of the two, by wall clock and CPU time"
     )
     print(f"{'':>12}{'tokenizer':>14}{'stream':>14}{'wall':>10}{'CPU':>10}")
-    for name, builder, texts in (("lines.txt", "text", lines), ("documents.parquet", "parquet", documents)):
+    for name, builder, texts in (
+        ("lines.txt", "text", lines),
+        ("documents.parquet", "parquet", documents),
+    ):
         num_tokens = tokenize(tokenizer, texts)  # which warms up, too
         streamed = deliver(tokenizer, builder, directory / name, num_tokens)
         assert num_tokens - streamed < LENGTH * (BATCH_SIZE + 1), "not all was delivered"
@@ -99,12 +111,24 @@ def measure_rate(repetitions: int, directory: Path) -> dict:
             runs += [("stream", (deliver, tokenizer, builder, directory / name, num_tokens))]
             for which, arguments in runs if repetition % 2 else runs[::-1]:
                 found[which].append(rates(*arguments))
-        ratios = [[a / b for a, b in zip(*pair, strict=True)] for pair in zip(*reversed(found.values()), strict=True)]
+        ratios = [
+            [a / b for a, b in zip(*pair, strict=True)]
+            for pair in zip(*reversed(found.values()), strict=True)
+        ]
         wall, cpu = (statistics.median(column) for column in zip(*ratios, strict=True))
-        alone, delivered = (statistics.median(rate for rate, _ in pairs) for pairs in found.values())
-        figures[name] = {"tokenizer": round(alone), "stream": round(delivered), "ratio": round(wall, 3)}
+        alone, delivered = (
+            statistics.median(rate for rate, _ in pairs) for pairs in found.values()
+        )
+        figures[name] = {
+            "tokenizer": round(alone),
+            "stream": round(delivered),
+            "ratio": round(wall, 3),
+        }
         figures[name]["ratio_of_cpu"] = round(cpu, 3)
-        print(f"{name.partition('.')[0]:>12}{alone:>14,.0f}{delivered:>14,.0f}{wall:>10.2f}{cpu:>10.2f}", flush=True)
+        print(
+            f"{name.partition('.')[0]:>12}{alone:>14,.0f}{delivered:>14,.0f}{wall:>10.2f}{cpu:>10.2f}",
+            flush=True,
+        )
     return figures
 
 
@@ -115,7 +139,9 @@ def write_stream(directory: Path, millions: int, num_words: int):
     """A file for each million tokens, in lines of 48 words, which with <s> and </s> are 50 tokens."""
     directory.mkdir()
     rng = random.Random(0)
-    sample = ["".join(f"w{rng.randrange(num_words)} " for _ in range(48)) + "\n" for _ in range(1000)]
+    sample = [
+        "".join(f"w{rng.randrange(num_words)} " for _ in range(48)) + "\n" for _ in range(1000)
+    ]
     for index in range(millions):
         with (directory / f"train-{index}.txt").open("w") as file:
             for _ in range(20):
@@ -132,10 +158,25 @@ def measure_memory(millions: list[int], directory: Path) -> dict:
     for count in millions:
         write_stream(directory / f"{count}", count, NUM_WORDS)
         rows = 128
-        command = [sys.executable, str(ROOT / "run_mlm_flax_stream.py"), f"--output_dir={directory / f'out-{count}'}"]
-        command += [f"--config_name={directory / 'start'}", f"--tokenizer_name={directory / 'start'}", "--do_train"]
-        command += [f"--dataset_name={directory / str(count)}", f"--max_seq_length={SHORT}", "--num_eval_samples=100"]
-        command += [f"--per_device_train_batch_size={rows}", f"--num_train_steps={count * 10**6 // (rows * SHORT)}"]
+        command = [
+            sys.executable,
+            str(ROOT / "run_mlm_flax_stream.py"),
+            f"--output_dir={directory / f'out-{count}'}",
+        ]
+        command += [
+            f"--config_name={directory / 'start'}",
+            f"--tokenizer_name={directory / 'start'}",
+            "--do_train",
+        ]
+        command += [
+            f"--dataset_name={directory / str(count)}",
+            f"--max_seq_length={SHORT}",
+            "--num_eval_samples=100",
+        ]
+        command += [
+            f"--per_device_train_batch_size={rows}",
+            f"--num_train_steps={count * 10**6 // (rows * SHORT)}",
+        ]
         command += ["--shuffle_buffer_size=10000", "--save_steps=10000", "--logging_steps=100"]
         start = time.perf_counter()
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -144,13 +185,18 @@ def measure_memory(millions: list[int], directory: Path) -> dict:
         if status:
             sys.exit(errors)
         seconds = time.perf_counter() - start
-        figures[f"{count} million tokens"] = {"peak_mb": round(usage.ru_maxrss / 1024), "seconds": round(seconds)}
+        figures[f"{count} million tokens"] = {
+            "peak_mb": round(usage.ru_maxrss / 1024),
+            "seconds": round(seconds),
+        }
         print(f"{count:>16}{usage.ru_maxrss / 1024:>10.0f}{seconds:>10.0f}", flush=True)
     return figures
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("rate", "memory"))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 50])

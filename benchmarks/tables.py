@@ -62,7 +62,11 @@ def startup(figures: dict) -> str:
 
 def scaling(figures: list) -> str:
     rows = [
-        (f"{x['processes']} x {x['devices'] // x['processes']}", f"{x['bare_ms']:.0f}", f"{x['ratio']:.3f}")
+        (
+            f"{x['processes']} x {x['devices'] // x['processes']}",
+            f"{x['bare_ms']:.0f}",
+            f"{x['ratio']:.3f}",
+        )
         for x in figures
     ]
     return table(("processes x devices", "step, ms", "loop / step"), rows)
@@ -98,7 +102,8 @@ def mlm_step(figures: dict) -> str:
 def save(figures: dict) -> str:
     times = [f"{figures[name]:.2f}" for name in ("copy", "stopped", "written")]
     return table(
-        ("state", "plain copy, s", "loop stopped, s", "written, s"), [(f"{figures['gigabytes']:.2f} GB", *times)]
+        ("state", "plain copy, s", "loop stopped, s", "written, s"),
+        [(f"{figures['gigabytes']:.2f} GB", *times)],
     )
 
 
@@ -113,14 +118,31 @@ def inference(figures: dict) -> str:
     for key, name in names.items():
         examples, tokens, median, slow, rate, share, _ = figures[key].values()
         found = ratios.get(key, figures["plain, ratios"])
-        cells = (f"{examples:.1f}", f"{tokens:,.0f}", f"{median:,.0f}", f"{slow:,.0f}", f"{rate:.0f}", f"{share:.0f}%")
+        cells = (
+            f"{examples:.1f}",
+            f"{tokens:,.0f}",
+            f"{median:,.0f}",
+            f"{slow:,.0f}",
+            f"{rate:.0f}",
+            f"{share:.0f}%",
+        )
         rows.append((name, *cells, f"{statistics.median(found):.2f}"))
-    header = ("precision", "examples/s", "tokens/s", "median, ms", "95%, ms", "GFLOP/s", "of a product's", "speed")
+    header = (
+        "precision",
+        "examples/s",
+        "tokens/s",
+        "median, ms",
+        "95%, ms",
+        "GFLOP/s",
+        "of a product's",
+        "speed",
+    )
     return table(header, rows)
 
 
 TABLES = {
-    function.__name__: function for function in (step, host, startup, scaling, whole_run, mlm_step, save, inference)
+    function.__name__: function
+    for function in (step, host, startup, scaling, whole_run, mlm_step, save, inference)
 }
 
 

@@ -30,11 +30,16 @@ def simplify(script):
     def loss_sums(params, batch, model, num_slots, dropout_rng=None):
         train = dropout_rng is not None
         inputs = batch["input_ids"], batch["attention_mask"]
-        logits = model(*inputs, params=params, dropout_rng=dropout_rng, train=train).logits.astype(jnp.float32)
+        logits = model(*inputs, params=params, dropout_rng=dropout_rng, train=train).logits.astype(
+            jnp.float32
+        )
         predicted = batch["labels"] != script.IGNORE
         labels = jnp.where(predicted, batch["labels"], 0)
         losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
-        sums = {"loss": jnp.where(predicted, losses, 0).sum(), "predicted": predicted.sum(dtype=jnp.float32)}
+        sums = {
+            "loss": jnp.where(predicted, losses, 0).sum(),
+            "predicted": predicted.sum(dtype=jnp.float32),
+        }
         if not train:
             sums["accuracy"] = (predicted & (logits.argmax(-1) == labels)).sum(dtype=jnp.float32)
         return sums["loss"], sums
@@ -42,7 +47,9 @@ def simplify(script):
     def mask(self, examples, rng, group_size):
         from collator import mask_by_rows
 
-        shown, labels = mask_by_rows(examples["input_ids"], self.tokenizer, rng, self.mlm_probability)
+        shown, labels = mask_by_rows(
+            examples["input_ids"], self.tokenizer, rng, self.mlm_probability
+        )
         return {**examples, "input_ids": shown, "labels": labels}
 
     jit = jax.jit
@@ -77,7 +84,9 @@ def measure(directory: Path, runs: int, vocab_size: int) -> dict:
     for pair in range(runs + 1):
         for kind in seconds:
             shutil.rmtree(directory / "out", ignore_errors=True)
-            found = harness.run(directory, script, flags, notes="", simple=kind == "simple")["process"]
+            found = harness.run(directory, script, flags, notes="", simple=kind == "simple")[
+                "process"
+            ]
             if pair:
                 seconds[kind].append(found)
     ratios = np.divide(seconds["simple"], seconds["script"])
@@ -85,19 +94,32 @@ def measure(directory: Path, runs: int, vocab_size: int) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=5, help="pairs that count")
-    parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[8000, 30522], help="rows of the model's table")
+    parser.add_argument(
+        "--vocab_sizes",
+        type=int,
+        nargs="+",
+        default=[8000, 30522],
+        help="rows of the model's table",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args()
     figures = {}
-    print(f"vocabulary    script s    simple s    ratio    lowest   highest, medians of {args.runs} pairs")
+    print(
+        f"vocabulary    script s    simple s    ratio    lowest   highest, medians of {args.runs} pairs"
+    )
     for vocab_size in args.vocab_sizes:
         with tempfile.TemporaryDirectory() as name:
             found = figures[vocab_size] = measure(Path(name), args.runs, vocab_size)
         times, ratios = map(statistics.median, found["seconds"].values()), found["ratios"]
         numbers = "".join(f"{value:12.1f}" for value in times)
-        print(f"{vocab_size:>10,}{numbers}{found['ratio']:9.2f}{min(ratios):10.2f}{max(ratios):10.2f}", flush=True)
+        print(
+            f"{vocab_size:>10,}{numbers}{found['ratio']:9.2f}{min(ratios):10.2f}{max(ratios):10.2f}",
+            flush=True,
+        )
     harness.write_json(args.json, figures)
 
 

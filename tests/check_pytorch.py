@@ -20,7 +20,10 @@ from pathlib import Path
 import numpy as np
 
 TOLERANCE = 1e-4
-NOT_LEARNED = ("bert.pooler.", "roformer.encoder.embed_positions.")  # in PyTorch alone: not used here, and computed
+NOT_LEARNED = (
+    "bert.pooler.",
+    "roformer.encoder.embed_positions.",
+)  # in PyTorch alone: not used here, and computed
 SEQ2SEQ = ("t5", "mt5", "longt5")  # which shift nothing by themselves
 
 
@@ -44,10 +47,15 @@ def write_models(directory: str) -> None:
         config, _, _ = trainer.load_config_and_tokenizer(args)
         model, params = trainer.load_model(args, config)
         rng, flat = np.random.default_rng(0), flatten_dict(params)
-        drawn = {path: (path[-1] == "scale") + 0.2 * rng.standard_normal(x.shape) for path, x in sorted(flat.items())}
+        drawn = {
+            path: (path[-1] == "scale") + 0.2 * rng.standard_normal(x.shape)
+            for path, x in sorted(flat.items())
+        }
         params = unflatten_dict({path: np.float32(x) for path, x in drawn.items()})
         model.save_pretrained(place.model, params=params)
-        save_file(trainer.to_pytorch(params), place.model / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            trainer.to_pytorch(params), place.model / "model.safetensors", metadata={"format": "pt"}
+        )
         print(f"jax {jax.__version__}: {place.model}")
 
 
@@ -66,26 +74,40 @@ def write_flax(folder: Path) -> bool:
     if any(family in name.lower() for family in SEQ2SEQ):
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         importlib.import_module("run_t5_mlm_flax").mend_clip()
-    read = getattr(transformers, f"Flax{name}", transformers.FlaxAutoModelForCausalLM)  # BERT has two names
+    read = getattr(
+        transformers, f"Flax{name}", transformers.FlaxAutoModelForCausalLM
+    )  # BERT has two names
     config = transformers.AutoConfig.from_pretrained(folder)
-    if folder.name == "torch" and name.startswith(("T5", "MT5")):  # Transformers 5 says True, see run_t5_mlm_flax.py
+    if folder.name == "torch" and name.startswith(
+        ("T5", "MT5")
+    ):  # Transformers 5 says True, see run_t5_mlm_flax.py
         config.tie_word_embeddings = getattr(config, "scale_decoder_outputs", False)
     model = read.from_pretrained(folder, config=config)
     rng = np.random.default_rng(0)
     length = min(32, getattr(model.config, "max_position_embeddings", 64) // 2)
     input_ids = rng.integers(0, model.config.vocab_size, (4, length))
-    input_ids[input_ids == model.config.pad_token_id] += 1  # models that number their positions skip the padding
-    attention_mask = (np.arange(length) < rng.integers(length // 2, length + 1, (4, 1))).astype(np.int64)
+    input_ids[input_ids == model.config.pad_token_id] += (
+        1  # models that number their positions skip the padding
+    )
+    attention_mask = (np.arange(length) < rng.integers(length // 2, length + 1, (4, 1))).astype(
+        np.int64
+    )
     attention_mask[0] = 1
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if "token_type_ids" in inspect.signature(type(model).__call__).parameters:
-        inputs["token_type_ids"] = np.zeros_like(input_ids)  # PyTorch's default; ELECTRA's in Flax is 1
+        inputs["token_type_ids"] = np.zeros_like(
+            input_ids
+        )  # PyTorch's default; ELECTRA's in Flax is 1
     if any(family in name.lower() for family in SEQ2SEQ):
         inputs["decoder_input_ids"] = input_ids
     with jax.default_matmul_precision("float32"):
         logits = np.asarray(model(**inputs).logits)
-    np.savez(folder / "logits.npz", input_ids=input_ids, attention_mask=attention_mask, logits=logits)
-    print(f"jax {jax.__version__}, transformers {transformers.__version__}: {folder}: {type(model).__name__}")
+    np.savez(
+        folder / "logits.npz", input_ids=input_ids, attention_mask=attention_mask, logits=logits
+    )
+    print(
+        f"jax {jax.__version__}, transformers {transformers.__version__}: {folder}: {type(model).__name__}"
+    )
     return True
 
 
@@ -95,8 +117,12 @@ def compare_torch(folder: Path) -> bool:
 
     transformers.logging.disable_progress_bar()
     name = architecture(folder)
-    read = getattr(transformers, name, transformers.AutoModelForCausalLM)  # BERT's is called BertLMHeadModel there
-    model, loading = read.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True)
+    read = getattr(
+        transformers, name, transformers.AutoModelForCausalLM
+    )  # BERT's is called BertLMHeadModel there
+    model, loading = read.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+    )
     data = np.load(folder / "logits.npz")
     inputs = {name: torch.from_numpy(data[name]) for name in ("input_ids", "attention_mask")}
     if any(family in name.lower() for family in SEQ2SEQ):
@@ -106,11 +132,16 @@ def compare_torch(folder: Path) -> bool:
     shown = data["attention_mask"] == 1  # what padding predicts is nobody's concern
     difference = float(np.abs(logits - data["logits"])[shown].max())
     problems = [
-        f"{name}: {key}" for name, keys in loading.items() for key in keys if not str(key).startswith(NOT_LEARNED)
+        f"{name}: {key}"
+        for name, keys in loading.items()
+        for key in keys
+        if not str(key).startswith(NOT_LEARNED)
     ]
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     largest = np.abs(data["logits"][shown]).max()
-    print(f"{versions}: {folder}: {name}: logits up to {largest:.3g} differ by {difference:.2g} at most")
+    print(
+        f"{versions}: {folder}: {name}: logits up to {largest:.3g} differ by {difference:.2g} at most"
+    )
     print(*sorted(problems), sep="\n", end="\n" if problems else "")
     if folder.name != "torch":
         model.save_pretrained(folder / "torch")
@@ -118,13 +149,19 @@ def compare_torch(folder: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("models", "flax", "torch"))
-    parser.add_argument("folders", nargs="+", type=Path, help="exported: config.json, model.safetensors")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, help="exported: config.json, model.safetensors"
+    )
     args = parser.parse_args(argv)
     if args.what == "models":
         return write_models(args.folders[0]) or 0
-    passed = [(write_flax if args.what == "flax" else compare_torch)(folder) for folder in args.folders]
+    passed = [
+        (write_flax if args.what == "flax" else compare_torch)(folder) for folder in args.folders
+    ]
     print(f"{sum(passed)} of {len(passed)} folders passed")
     return int(not all(passed))
 

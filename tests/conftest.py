@@ -17,7 +17,9 @@ sys.path.insert(0, str(ROOT))  # for `import quickstart` and the scripts
 # Before jax, transformers and datasets are imported: they read these once. Scripts that tests start inherit them.
 CACHE = Path(tempfile.mkdtemp(prefix="language-modeling-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-assert "jax" not in sys.modules, "jax was imported before tests/conftest.py, which sets its number of devices"
+assert "jax" not in sys.modules, (
+    "jax was imported before tests/conftest.py, which sets its number of devices"
+)
 os.environ.update(
     JAX_PLATFORMS="cpu",
     XLA_FLAGS="--xla_force_host_platform_device_count=8",
@@ -34,7 +36,11 @@ os.environ.update(
 def pytest_collection_modifyitems(items):
     """Leaves out the tests whose parameters the function that is marked `only_where` does not want."""
     wanted = lambda item, mark: mark.args[0](**item.callspec.params)  # noqa: E731
-    items[:] = [item for item in items if all(wanted(item, mark) for mark in item.iter_markers("only_where"))]
+    items[:] = [
+        item
+        for item in items
+        if all(wanted(item, mark) for mark in item.iter_markers("only_where"))
+    ]
 
 
 @pytest.fixture(scope="module", params=SCRIPTS, ids=str)
@@ -65,7 +71,9 @@ def roberta_dir(tmp_path_factory, corpus) -> Path:
     import quickstart
 
     directory = tmp_path_factory.mktemp("roberta")
-    tokenizer = quickstart.train_tokenizer([corpus / "train.txt"], directory, vocab_size=1000, max_length=128)
+    tokenizer = quickstart.train_tokenizer(
+        [corpus / "train.txt"], directory, vocab_size=1000, max_length=128
+    )
     quickstart.write_config(directory, tokenizer, max_length=128, layers=2, width=32, heads=2)
     return directory
 
@@ -79,9 +87,19 @@ def run_script():
 
     def run(argv, env=None, timeout=600, **options) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / argv[0]), *map(str, argv[1:])]
-        variables = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
+        variables = {
+            name: value
+            for name, value in {**os.environ, **(env or {})}.items()
+            if value is not None
+        }
         return subprocess.run(
-            command, env=variables, capture_output=True, text=True, timeout=timeout, check=False, **options
+            command,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            **options,
         )
 
     return run

@@ -62,7 +62,11 @@ def texts(source: str) -> dict[str, list[str]]:
 
 
 def changed_lines(a: list[str], b: list[str]) -> list[str]:
-    return [line for line in difflib.unified_diff(a, b, n=0) if not line.startswith(("---", "+++", "@@"))]
+    return [
+        line
+        for line in difflib.unified_diff(a, b, n=0)
+        if not line.startswith(("---", "+++", "@@"))
+    ]
 
 
 def scripts(root: Path = ROOT) -> list[Path]:
@@ -98,7 +102,11 @@ def fix(root: Path = ROOT) -> list[tuple[Path, str]]:
         source = path.read_text("utf-8")
         lines = source.splitlines(keepends=True)
         for name, where in sorted(definitions(source).items(), key=lambda item: -item[1].start):
-            if name in wanted and not allowed(path)(name) and lines[where.start : where.stop] != wanted[name]:
+            if (
+                name in wanted
+                and not allowed(path)(name)
+                and lines[where.start : where.stop] != wanted[name]
+            ):
                 lines[where.start : where.stop] = wanted[name]
                 changed.append((path, name))
         if "".join(lines) != source:

@@ -65,7 +65,11 @@ class HubError(Exception):
 
     def __init__(self, status, message, code=None, **headers):
         super().__init__(message)
-        self.status, self.message, self.headers = status, message, {"X-Error-Message": message, **headers}
+        self.status, self.message, self.headers = (
+            status,
+            message,
+            {"X-Error-Message": message, **headers},
+        )
         if code:
             self.headers["X-Error-Code"] = code
 
@@ -95,10 +99,14 @@ FIELDS = {"REPO": r"[\w.-]+/[\w.-]+?", "REVISION": r"[^/]+", "PATH": r".+", "OID
 def find_route(method, path):
     """Returns the route and the fields of the path, unquoted and named in lower case."""
     for route in ROUTES:
-        pattern = re.sub("|".join(FIELDS), lambda field: f"(?P<{field[0].lower()}>{FIELDS[field[0]]})", route[1])
+        pattern = re.sub(
+            "|".join(FIELDS), lambda field: f"(?P<{field[0].lower()}>{FIELDS[field[0]]})", route[1]
+        )
         match = re.fullmatch(pattern, path)
         if match and method in route[0].split():
-            return route, {name: urllib.parse.unquote(text) for name, text in match.groupdict().items() if text}
+            return route, {
+                name: urllib.parse.unquote(text) for name, text in match.groupdict().items() if text
+            }
     raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
 
@@ -121,7 +129,10 @@ class HubServer:
         self.user, self.orgs = user, tuple(orgs)
         self.repos, self.private, self.commits, self.requests = {}, set(), [], []
         self.on_commit = None
-        self._lfs_objects, self._lfs_paths = {}, {}  # {(repo_id, SHA-256): bytes}, {repo_id: {paths in Git LFS}}
+        self._lfs_objects, self._lfs_paths = (
+            {},
+            {},
+        )  # {(repo_id, SHA-256): bytes}, {repo_id: {paths in Git LFS}}
         self._plans, self._crashes = [], []  # plans: [how often, where, seconds, status]
         self._lock, self._stopped = threading.RLock(), threading.Event()
 
@@ -129,7 +140,9 @@ class HubServer:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, exception_type, exception, traceback):
@@ -187,11 +200,15 @@ class HubServer:
         if needs_token and token in self.read_tokens and method != "_whoami":
             raise HubError(403, READ_TOKEN)
         repo_id = fields.get("repo")
-        hidden = repo_id in self.private and not token and not path.startswith("/storage/")  # whose links are signed
+        hidden = (
+            repo_id in self.private and not token and not path.startswith("/storage/")
+        )  # whose links are signed
         if repo_id is not None and (repo_id not in self.repos or hidden):
             # Of what it may not know about, a client without a token learns no more than that it needs one. Over https
             # huggingface_hub takes that 401 for "not found"; over http it needs the code to do so.
-            raise HubError(404 if token else 401, "Repository not found" if token else NO_TOKEN, "RepoNotFound")
+            raise HubError(
+                404 if token else 401, "Repository not found" if token else NO_TOKEN, "RepoNotFound"
+            )
         return getattr(self, method)(request, query=dict(urllib.parse.parse_qsl(query)), **fields)
 
     def _follow_plans(self, kinds):
@@ -204,11 +221,20 @@ class HubServer:
             if self._stopped.wait(plan[2]) or plan[3] is None:
                 raise Dropped
             if plan[3] != 200:
-                raise HubError(plan[3], "Internal Error - We're working hard to fix this as soon as possible!")
+                raise HubError(
+                    plan[3], "Internal Error - We're working hard to fix this as soon as possible!"
+                )
 
     def _whoami(self, request, query):
-        orgs = [{"type": "org", "id": org, "name": org, "fullname": org, "roleInOrg": "write"} for org in self.orgs]
-        role = "read" if request.headers["authorization"].removeprefix("Bearer ") in self.read_tokens else "write"
+        orgs = [
+            {"type": "org", "id": org, "name": org, "fullname": org, "roleInOrg": "write"}
+            for org in self.orgs
+        ]
+        role = (
+            "read"
+            if request.headers["authorization"].removeprefix("Bearer ") in self.read_tokens
+            else "write"
+        )
         access = {"displayName": "test", "role": role, "createdAt": CREATED_AT}
         answer = {"type": "user", "id": "0", "name": self.user, "fullname": self.user, "orgs": orgs}
         return 200, {}, {**answer, "auth": {"type": "access_token", "accessToken": access}}
@@ -220,11 +246,22 @@ class HubServer:
         if settings.get("type", "model") != "model":
             raise HubError(400, "this stand-in has model repositories only")
         if namespace not in (self.user, *self.orgs):
-            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
-        answer = {"url": f"{self.url}/{repo_id}", "name": repo_id, "id": hashlib.md5(repo_id.encode()).hexdigest()}
+            raise HubError(
+                403,
+                f'You don\'t have the rights to create a model under the namespace "{namespace}"',
+            )
+        answer = {
+            "url": f"{self.url}/{repo_id}",
+            "name": repo_id,
+            "id": hashlib.md5(repo_id.encode()).hexdigest(),
+        }
         with self._lock:
             if repo_id in self.repos:
-                return 409, {}, {"error": "You already created this model repo", "url": answer["url"]}
+                return (
+                    409,
+                    {},
+                    {"error": "You already created this model repo", "url": answer["url"]},
+                )
             self.add_repo(repo_id, {}, bool(settings.get("private")))
         return 200, {}, answer
 
@@ -235,7 +272,11 @@ class HubServer:
         except yaml.YAMLError as error:
             return 400, {}, {"errors": [{"message": f"Invalid YAML: {error}"}], "warnings": []}
         if metadata is not None and not isinstance(metadata, dict):
-            return 400, {}, {"errors": [{"message": "the metadata is not a mapping"}], "warnings": []}
+            return (
+                400,
+                {},
+                {"errors": [{"message": "the metadata is not a mapping"}], "warnings": []},
+            )
         missing = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
         return 200, {}, {"errors": [], "warnings": missing}
 
@@ -244,7 +285,11 @@ class HubServer:
         for file in json.loads(request.body)["files"]:
             path, name = file["path"], file["path"].rpartition("/")[2]
             lfs = file["size"] > LFS_SIZE or LFS_NAME.fullmatch(name) is not None
-            answer = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            answer = {
+                "path": path,
+                "uploadMode": "lfs" if lfs else "regular",
+                "shouldIgnore": False,
+            }
             if path in self.repos[repo]:  # lets the client leave out what has not changed
                 answer["oid"] = self._file_info(repo, path, self.repos[repo][path])["oid"]
             files.append(answer)
@@ -256,9 +301,15 @@ class HubServer:
             raise HubError(400, "this stand-in takes uploads by the basic transfer only")
         objects = [{"oid": item["oid"], "size": item["size"]} for item in batch["objects"]]
         for item in objects:
-            if (repo, item["oid"]) not in self._lfs_objects:  # else it is already here, and there is nothing to do
+            if (
+                repo,
+                item["oid"],
+            ) not in self._lfs_objects:  # else it is already here, and there is nothing to do
                 upload = {"href": f"{self.url}/storage/{repo}/{item['oid']}?X-Amz-Signature=0"}
-                item["actions"] = {"upload": upload, "verify": {"href": f"{self.url}/{repo}.git/info/lfs/verify"}}
+                item["actions"] = {
+                    "upload": upload,
+                    "verify": {"href": f"{self.url}/{repo}.git/info/lfs/verify"},
+                }
         content_type = {"Content-Type": "application/vnd.git-lfs+json"}
         return 200, content_type, {"transfer": "basic", "objects": objects}
 
@@ -271,7 +322,10 @@ class HubServer:
     def _lfs_verify(self, request, repo, query):
         item = json.loads(request.body)
         if len(self._lfs_objects.get((repo, item["oid"]), b"")) != item["size"]:
-            raise HubError(422, f"what was uploaded does not have the size {item['size']} and SHA-256 {item['oid']}")
+            raise HubError(
+                422,
+                f"what was uploaded does not have the size {item['size']} and SHA-256 {item['oid']}",
+            )
         return 200, {}, {}
 
     def _lfs_get(self, request, repo, oid, query):
@@ -295,22 +349,36 @@ class HubServer:
                     files[path] = base64.b64decode(value["content"], validate=True)
                 elif key == "lfsFile":
                     if (repo, value["oid"]) not in self._lfs_objects:
-                        raise HubError(400, f"Your push was rejected: the LFS object of {path} was not uploaded")
+                        raise HubError(
+                            400,
+                            f"Your push was rejected: the LFS object of {path} was not uploaded",
+                        )
                     files[path] = self._lfs_objects[repo, value["oid"]]
                     lfs_paths.add(path)
                 elif key == "deletedFile" and path in files:
                     del files[path]
                 elif key == "deletedFolder":
-                    files = {name: data for name, data in files.items() if not name.startswith(path.rstrip("/") + "/")}
+                    files = {
+                        name: data
+                        for name, data in files.items()
+                        if not name.startswith(path.rstrip("/") + "/")
+                    }
                 else:
                     raise HubError(400, f"cannot apply {key} to {path}")
             oid = hashlib.sha1(f"{len(self.commits)} {header['summary']}".encode()).hexdigest()
             self.repos[repo], self._lfs_paths[repo] = files, lfs_paths
-            commit = Commit(repo, header["summary"], [line["value"]["path"] for line in lines], oid, dict(files))
+            commit = Commit(
+                repo, header["summary"], [line["value"]["path"] for line in lines], oid, dict(files)
+            )
             self.commits.append(commit)
         if self.on_commit:
             self.on_commit(commit)
-        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}", "hookOutput": ""}
+        answer = {
+            "success": True,
+            "commitOid": oid,
+            "commitUrl": f"{self.url}/{repo}/commit/{oid}",
+            "hookOutput": "",
+        }
         return 200, {}, answer
 
     def _head(self, repo):
@@ -341,8 +409,20 @@ class HubServer:
             for item in siblings:
                 info = self._file_info(repo, item["rfilename"], files[item["rfilename"]])
                 item.update({**info, "blobId": info["oid"]})
-        answer = {"_id": "0", "id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": head, "gated": False}
-        answer.update(private=repo in self.private, disabled=False, createdAt=CREATED_AT, lastModified=CREATED_AT)
+        answer = {
+            "_id": "0",
+            "id": repo,
+            "modelId": repo,
+            "author": repo.split("/")[0],
+            "sha": head,
+            "gated": False,
+        }
+        answer.update(
+            private=repo in self.private,
+            disabled=False,
+            createdAt=CREATED_AT,
+            lastModified=CREATED_AT,
+        )
         return 200, {}, {**answer, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings}
 
     def _tree(self, request, repo, revision, query, path=""):
@@ -352,8 +432,14 @@ class HubServer:
         if path and not names:
             raise HubError(404, f'{path} does not exist on "{revision}"', "EntryNotFound")
         folders = {name[: match.start()] for name in names for match in re.finditer("/", name)}
-        entries = [{"type": "file", "path": name, **self._file_info(repo, name, files[name])} for name in names]
-        entries += [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
+        entries = [
+            {"type": "file", "path": name, **self._file_info(repo, name, files[name])}
+            for name in names
+        ]
+        entries += [
+            {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+            for name in sorted(folders)
+        ]
         entries = [entry for entry in entries if entry["path"].startswith(prefix)]
         if query.get("recursive", "").lower() != "true":
             entries = [entry for entry in entries if "/" not in entry["path"][len(prefix) :]]
@@ -369,7 +455,11 @@ class HubServer:
         if "lfs" not in info:
             return 200, headers, files[path]
         linked = {"X-Linked-ETag": f'"{info["oid"]}"', "X-Linked-Size": str(info["size"])}
-        return 302, {**headers, **linked, "Location": f"{self.url}/storage/{repo}/{info['oid']}"}, b""
+        return (
+            302,
+            {**headers, **linked, "Location": f"{self.url}/storage/{repo}/{info['oid']}"},
+            b"",
+        )
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -412,7 +502,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if not isinstance(body, bytes):
-            headers, body = {"Content-Type": "application/json; charset=utf-8", **headers}, json.dumps(body).encode()
+            headers, body = (
+                {"Content-Type": "application/json; charset=utf-8", **headers},
+                json.dumps(body).encode(),
+            )
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)

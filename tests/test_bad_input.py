@@ -86,13 +86,19 @@ def write_files(place: Place):
     word_tokenizer(folder / "without_eos", without=("eos",), sentinels=count)
     word_tokenizer(folder / "without_sentinels")
     word_tokenizer(folder / "larger", num_words=NUM_WORDS + 10, sentinels=count)
-    settings = {name: place.settings(output_dir) | changes for name, (output_dir, changes) in SETTINGS.items()}
+    settings = {
+        name: place.settings(output_dir) | changes
+        for name, (output_dir, changes) in SETTINGS.items()
+    }
     for name, values in settings.items():
         (folder / name).write_text(json.dumps(values, default=str))
 
 
 SETTINGS = {
-    "good_settings.json": ("from_settings", {"max_steps": 2, "adam_beta1": 0.8, "do_train": True, "eval_steps": None}),
+    "good_settings.json": (
+        "from_settings",
+        {"max_steps": 2, "adam_beta1": 0.8, "do_train": True, "eval_steps": None},
+    ),
     "unknown_settings.json": ("absent", {"tokne": SECRET}),
     "wrong_settings.json": ("absent", {"per_device_train_batch_size": "many"}),
 }
@@ -127,9 +133,15 @@ COMMAND_LINES = {
     "no data": (NO_DATA, ["--dataset_name", "--train_file"]),
     "two sources": ({"dataset_name": "folder"}, ["--dataset_name", "folder", "train.txt"]),
     "validation alone": ({"train_file": None}, ["--validation_file", "--train_file"]),
-    "no model": ({"config_name": None, "model_type": None}, ["--model_name_or_path", "--config_name", "--model_type"]),
+    "no model": (
+        {"config_name": None, "model_type": None},
+        ["--model_name_or_path", "--config_name", "--model_type"],
+    ),
     "no tokenizer": ({"tokenizer_name": None}, ["--tokenizer_name"]),
-    "eval without model": ({"do_eval": True, "config_name": None, "model_type": None}, ["--model_name_or_path"]),
+    "eval without model": (
+        {"do_eval": True, "config_name": None, "model_type": None},
+        ["--model_name_or_path"],
+    ),
     "eval of a config": ({"do_eval": True}, ["--model_name_or_path"]),
     "unknown model_type": ({"model_type": "nonsense"}, ["--model_type", "nonsense"]),
     "model_type without this objective": ({"model_type": "vit"}, ["--model_type", "vit"]),
@@ -139,7 +151,10 @@ COMMAND_LINES = {
     "unknown flag": ({"no_such_flag": 1}, ["--no_such_flag"]),
     "abbreviated flag": ({"train_fil": "train.txt"}, ["--train_fil"]),
     "mistyped secret": ({"tokne": SECRET}, ["--tokne"]),
-    "secret and another error": ({"token": SECRET, "hub_token": SECRET, "seed": -1}, ["--seed", "-1"]),
+    "secret and another error": (
+        {"token": SECRET, "hub_token": SECRET, "seed": -1},
+        ["--seed", "-1"],
+    ),
     "whole words of a slow tokenizer": (
         {"whole_word_mask": True, "use_fast_tokenizer": "False"},
         ["--whole_word_mask", "fast"],
@@ -153,13 +168,22 @@ COMMAND_LINES = {
         ["--validation_ref_file", "--line_by_line"],
     ),
     "train_ref_file": ({"train_ref_file": "short.refs"}, ["--train_ref_file", "short.refs"]),
-    "validation_ref_file": ({"validation_ref_file": "short.refs"}, ["--validation_ref_file", "short.refs"]),
-    "too short for a span": ({"max_seq_length": 2, "mean_noise_span_length": 3}, ["--max_seq_length", "2", "3"]),
+    "validation_ref_file": (
+        {"validation_ref_file": "short.refs"},
+        ["--validation_ref_file", "short.refs"],
+    ),
+    "too short for a span": (
+        {"max_seq_length": 2, "mean_noise_span_length": 3},
+        ["--max_seq_length", "2", "3"],
+    ),
     "train_ref_file with a dataset": (
         {**NO_DATA, "dataset_name": "folder", "train_ref_file": "short.refs", "line_by_line": True},
         ["--train_ref_file", "--train_file"],
     ),
-    "pad_to_max_length with blocks": ({"pad_to_max_length": True}, ["--pad_to_max_length", "--line_by_line"]),
+    "pad_to_max_length with blocks": (
+        {"pad_to_max_length": True},
+        ["--pad_to_max_length", "--line_by_line"],
+    ),
 }
 SIZES = ["0", "-1", "1.5", "many", "nan", ""]
 REALS = ["-1", "nan", "inf", "-inf", "many"]
@@ -194,7 +218,9 @@ def each_case(cases, applies=lambda script, case: True):
         flags = {case} if cases is NUMBERS else set(cases[case][0])
         return flags - MADE_UP <= flags_of(script) and applies(script, case)
 
-    return lambda test: pytest.mark.only_where.with_args(runs)(pytest.mark.parametrize("case", cases)(test))
+    return lambda test: pytest.mark.only_where.with_args(runs)(
+        pytest.mark.parametrize("case", cases)(test)
+    )
 
 
 @pytest.fixture
@@ -212,7 +238,9 @@ def parse(place, capfd, monkeypatch):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         stdout, stderr = capfd.readouterr()
-        return SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr, lines=stderr.splitlines())
+        return SimpleNamespace(
+            returncode=returncode, stdout=stdout, stderr=stderr, lines=stderr.splitlines()
+        )
 
     monkeypatch.chdir(place.directory)
     before = snapshot(place.directory)
@@ -234,7 +262,12 @@ def test_number_out_of_range(place, parse, case):
         check_refused(parse(place.flags("absent", **{case: value})), 2, [f"--{case}", value])
 
 
-ENOUGH = ("--config_name=start", "--tokenizer_name=start", "--train_file=train.txt", "--validation_file=train.txt")
+ENOUGH = (
+    "--config_name=start",
+    "--tokenizer_name=start",
+    "--train_file=train.txt",
+    "--validation_file=train.txt",
+)
 
 
 @template_alone
@@ -250,7 +283,10 @@ ENOUGH = ("--config_name=start", "--tokenizer_name=start", "--train_file=train.t
         (["--output_dir=absent", "--tokne", SECRET], ["--tokne"]),
         (["--output_dir=absent", SECRET], ["argument"]),
         (["--output_dir=absent", "--seed"], ["--seed"]),
-        (["--output_dir=gs://bucket/out", *ENOUGH], ["--output_dir gs://bucket/out", "a local folder"]),
+        (
+            ["--output_dir=gs://bucket/out", *ENOUGH],
+            ["--output_dir gs://bucket/out", "a local folder"],
+        ),
         ([], ["--output_dir"]),
     ],
     ids=lambda value: " ".join(value[:2]).replace(SECRET, "SECRET"),
@@ -263,7 +299,10 @@ def test_wrong_words(parse, argv, words):
 
 ENVIRONMENT = {
     "missing file": ({"train_file": "missing.txt"}, ["--train_file", "missing.txt"]),
-    "missing validation file": ({"validation_file": "missing.txt"}, ["--validation_file", "missing.txt"]),
+    "missing validation file": (
+        {"validation_file": "missing.txt"},
+        ["--validation_file", "missing.txt"],
+    ),
     "a directory as file": ({"train_file": "directory.txt"}, ["--train_file", "directory.txt"]),
     "empty file": ({"train_file": "empty.txt"}, ["--train_file", "empty.txt"]),
     "empty json": ({"train_file": "empty.json"}, ["--train_file", "empty.json"]),
@@ -276,15 +315,33 @@ ENVIRONMENT = {
     },
     "unknown extension": ({"train_file": "text.doc"}, ["--train_file", "text.doc", "jsonl"]),
     "no such dataset": ({**NO_DATA, "dataset_name": "no/such"}, ["--dataset_name", "no/such"]),
-    "a folder without data": ({**NO_DATA, "dataset_name": "no_files"}, ["--dataset_name", "no_files"]),
-    "no such column": ({"train_file": "count.csv", "text_column_name": "words"}, ["count.csv", "words", "count"]),
+    "a folder without data": (
+        {**NO_DATA, "dataset_name": "no_files"},
+        ["--dataset_name", "no_files"],
+    ),
+    "no such column": (
+        {"train_file": "count.csv", "text_column_name": "words"},
+        ["count.csv", "words", "count"],
+    ),
     "numbers as text": ({"train_file": "numbers.csv"}, ["numbers.csv", "text", "int64"]),
     "lists as text": ({"train_file": "lists.parquet"}, ["lists.parquet", "text", "not text"]),
-    "a column of numbers": ({"train_file": "count.csv", "text_column_name": "count"}, ["count.csv", "count", "int64"]),
-    "ambiguous columns": ({"train_file": "ambiguous.csv"}, ["ambiguous.csv", "title", "body", "--text_column_name"]),
-    "too little for a block": ({"train_file": "short.txt"}, ["20", "BLOCK"]),  # 4 lines of <s>, 3 words, </s>
+    "a column of numbers": (
+        {"train_file": "count.csv", "text_column_name": "count"},
+        ["count.csv", "count", "int64"],
+    ),
+    "ambiguous columns": (
+        {"train_file": "ambiguous.csv"},
+        ["ambiguous.csv", "title", "body", "--text_column_name"],
+    ),
+    "too little for a block": (
+        {"train_file": "short.txt"},
+        ["20", "BLOCK"],
+    ),  # 4 lines of <s>, 3 words, </s>
     "too little for a batch": ({"per_device_train_batch_size": 1000}, ["2000"]),
-    "too little to split": ({"train_file": "two_lines.txt", "validation_file": None}, ["--validation", "2", "5"]),
+    "too little to split": (
+        {"train_file": "two_lines.txt", "validation_file": None},
+        ["--validation", "2", "5"],
+    ),
     "too little to hold out": (
         {"train_file": "short.txt", "validation_file": None, "num_eval_samples": 5},
         ["--num_eval_samples", "5", "short.txt", "0 blocks"],
@@ -304,12 +361,18 @@ ENVIRONMENT = {
     "a model with broken weights": ({"model_name_or_path": "broken_weights"}, ["broken_weights"]),
     "model_type of another config": ({"model_type": "OTHER"}, ["--model_type", "OTHER", "OWN"]),
     "no mask token": ({"tokenizer_name": "without_mask"}, ["without_mask", "mask token"]),
-    "no eos token": ({"tokenizer_name": "without_eos", "mean_noise_span_length": 3}, ["without_eos", "eos token"]),
+    "no eos token": (
+        {"tokenizer_name": "without_eos", "mean_noise_span_length": 3},
+        ["without_eos", "eos token"],
+    ),
     "no sentinels": (
         {"tokenizer_name": "without_sentinels", "mean_noise_span_length": 3},
         ["without_sentinels", "extra_id"],
     ),
-    "too few sentinels": ({"max_seq_length": 512, "mean_noise_span_length": 3}, ["8", "28", "--max_seq_length"]),
+    "too few sentinels": (
+        {"max_seq_length": 512, "mean_noise_span_length": 3},
+        ["8", "28", "--max_seq_length"],
+    ),
     "no pad token for sentences": (
         {"tokenizer_name": "without_pad", "poisson_lambda": 3},
         ["without_pad", "pad token"],
@@ -318,7 +381,10 @@ ENVIRONMENT = {
         {"tokenizer_name": "without_eos", "poisson_lambda": 3},
         ["without_eos", "eos token"],
     ),
-    "no pad token": ({"tokenizer_name": "without_pad", "line_by_line": True}, ["without_pad", "pad token"]),
+    "no pad token": (
+        {"tokenizer_name": "without_pad", "line_by_line": True},
+        ["without_pad", "pad token"],
+    ),
     "a tokenizer too large": (
         {"model_name_or_path": "present", "tokenizer_name": "larger"},
         ["larger", "VOCABULARY + 10", "VOCABULARY"],
@@ -327,15 +393,41 @@ ENVIRONMENT = {
         {"train_ref_file": "short.refs", "line_by_line": True},
         ["short.refs", "2", "400"],
     ),
-    "broken word references": ({"train_ref_file": "broken.refs", "line_by_line": True}, ["broken.refs"]),
-    "missing word references": ({"train_ref_file": "missing.refs", "line_by_line": True}, ["missing.refs"]),
+    "broken word references": (
+        {"train_ref_file": "broken.refs", "line_by_line": True},
+        ["broken.refs"],
+    ),
+    "missing word references": (
+        {"train_ref_file": "missing.refs", "line_by_line": True},
+        ["missing.refs"],
+    ),
 }
 
 
 IN_COMMON = {  # what the scripts word for word have in common finds these
-    *("missing validation file", "a directory as file", "empty file", "empty json", "unknown extension", "no split"),
-    *("no such dataset", "a folder without data", "broken json", "broken csv", "broken parquet", "ambiguous columns"),
-    *("lists as text", "a column of numbers", "blank validation file", "no such config", "a folder without tokenizer"),
+    *(
+        "missing validation file",
+        "a directory as file",
+        "empty file",
+        "empty json",
+        "unknown extension",
+        "no split",
+    ),
+    *(
+        "no such dataset",
+        "a folder without data",
+        "broken json",
+        "broken csv",
+        "broken parquet",
+        "ambiguous columns",
+    ),
+    *(
+        "lists as text",
+        "a column of numbers",
+        "blank validation file",
+        "no such config",
+        "a folder without tokenizer",
+    ),
 }
 
 
@@ -375,7 +467,9 @@ def test_wrong_output_dir(place, output_dir, do):
         pytest.skip("an evaluation may write its results there")
     before = snapshot(place.directory)
     model = {"model_name_or_path": "present", "config_name": None} if do == "do_eval" else {}
-    check_refused(place.run(Path(output_dir), **model, **{do: True}), 1, ["--output_dir", output_dir])
+    check_refused(
+        place.run(Path(output_dir), **model, **{do: True}), 1, ["--output_dir", output_dir]
+    )
     assert snapshot(place.directory) == before
 
 
@@ -383,7 +477,11 @@ def test_wrong_output_dir(place, output_dir, do):
 def test_read_only_output_dir(place, tmp_path):
     """For root, too, for whom permissions are no hindrance."""
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)],
+            check=True,
+            capture_output=True,
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no file system can be mounted here: {error}")
     try:
@@ -402,7 +500,10 @@ def test_a_file_of_settings_equals_flags(place):
     assert (run.returncode, run.lines) == (0, [])
     run = place.run("from_flags", **SETTINGS["good_settings.json"][1])
     assert (run.returncode, run.lines) == (0, [])
-    both = [(place.directory / name / "flax_model.msgpack").read_bytes() for name in ("from_settings", "from_flags")]
+    both = [
+        (place.directory / name / "flax_model.msgpack").read_bytes()
+        for name in ("from_settings", "from_flags")
+    ]
     assert both[0] == both[1]
     default = (place.directory / "present" / "flax_model.msgpack").read_bytes()
     assert both[0] != default
@@ -415,7 +516,10 @@ def test_a_larger_tokenizer_gets_a_larger_table(place):
     assert "WARNING" in line
     own = vocabulary(place.script)
     assert {str(own + 10), str(own)} <= set(re.findall(r"\d+", line))
-    assert json.loads((place.directory / "enlarged" / "config.json").read_text())["vocab_size"] == own + 10
+    assert (
+        json.loads((place.directory / "enlarged" / "config.json").read_text())["vocab_size"]
+        == own + 10
+    )
     weights = load_file(place.directory / "enlarged" / "model.safetensors")
     sizes = {size for value in weights.values() for size in value.shape}
     assert own + 10 in sizes
@@ -425,15 +529,24 @@ def test_a_larger_tokenizer_gets_a_larger_table(place):
 @template_alone
 def test_quoted_values_through_a_shell(place):
     argv = [shlex.quote(word) for word in place.flags("quoted", do_train=True)]
-    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(place.script.path))} {' '.join(argv)}"
+    command = (
+        f"{shlex.quote(sys.executable)} {shlex.quote(str(place.script.path))} {' '.join(argv)}"
+    )
     quoted = '--adam_beta1="0.8" --max_steps="2" --weight_decay="0.0" --seed="42"'
     run = subprocess.run(
-        ["/bin/sh", "-c", f"{command} {quoted}"], env=child_environment(), capture_output=True, text=True, check=False
+        ["/bin/sh", "-c", f"{command} {quoted}"],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     assert "Traceback" not in run.stderr
     run = place.run("unquoted", max_steps=2, adam_beta1=0.8, do_train=True)
-    both = [(place.directory / name / "flax_model.msgpack").read_bytes() for name in ("quoted", "unquoted")]
+    both = [
+        (place.directory / name / "flax_model.msgpack").read_bytes()
+        for name in ("quoted", "unquoted")
+    ]
     assert both[0] == both[1]
 
 

@@ -20,7 +20,13 @@ import sentencex
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import processors
 from training_scripts import word_tokenizer
-from transformers import CONFIG_MAPPING, AutoTokenizer, BartConfig, FlaxAutoModelForSeq2SeqLM, MBartConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    BartConfig,
+    FlaxAutoModelForSeq2SeqLM,
+    MBartConfig,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_bart_dlm_flax as bart
@@ -70,7 +76,14 @@ def documents(row, starts_sentence) -> list[list[list[int]]]:
     return found
 
 
-def denoise_row(row, starts_sentence, rng: random.Random, probability: float, ratio: float, poisson_lambda: float):
+def denoise_row(
+    row,
+    starts_sentence,
+    rng: random.Random,
+    probability: float,
+    ratio: float,
+    poisson_lambda: float,
+):
     """The objective in the plainest words, one row and one token after the other: what the encoder sees."""
     row = list(row)
     for sentences in documents(row, starts_sentence):
@@ -105,8 +118,13 @@ def denoise_row(row, starts_sentence, rng: random.Random, probability: float, ra
             state[text[at]] = "kept"
             at += 1
     room = num_masked - list(state.values()).count("span") + row.count(PAD)
-    kept = {position: i for i, position in enumerate(position for position in text if state[position] == "kept")}
-    inserted = Counter(rng.randrange(num_kept) for _ in range(min(num_zeros, room))) if kept else Counter()
+    kept = {
+        position: i
+        for i, position in enumerate(position for position in text if state[position] == "kept")
+    }
+    inserted = (
+        Counter(rng.randrange(num_kept) for _ in range(min(num_zeros, room))) if kept else Counter()
+    )
     shown = []
     for position, token in enumerate(row):
         if state.get(position) == "kept":
@@ -128,7 +146,9 @@ def poisson(rng: random.Random, poisson_lambda: float) -> int:
 def shown_rows(batch) -> list[list[int]]:
     """What the encoder sees, without the padding, which is checked."""
     lengths = batch["attention_mask"].sum(axis=1)
-    assert (batch["attention_mask"] == (np.arange(batch["input_ids"].shape[1]) < lengths[:, None])).all()
+    assert (
+        batch["attention_mask"] == (np.arange(batch["input_ids"].shape[1]) < lengths[:, None])
+    ).all()
     assert (batch["input_ids"][batch["attention_mask"] == 0] == PAD).all()
     return [row[:length].tolist() for row, length in zip(batch["input_ids"], lengths, strict=True)]
 
@@ -161,7 +181,10 @@ def assert_distribution(counts, chances):
     """Pearson's chi-squared of `counts`, those with fewer than 20 expected in one."""
     counts, expected = np.array(counts), np.array(chances) * sum(counts)
     rare = expected < 20
-    pairs = [*zip(counts[~rare], expected[~rare], strict=True), (counts[rare].sum(), expected[rare].sum())]
+    pairs = [
+        *zip(counts[~rare], expected[~rare], strict=True),
+        (counts[rare].sum(), expected[rare].sum()),
+    ]
     pairs = [(count, mean) for count, mean in pairs if mean > 5]
     assert_chi_squared(sum((count - mean) ** 2 / mean for count, mean in pairs), len(pairs) - 1)
 
@@ -189,7 +212,9 @@ def test_properties_at_every_length(tokenizer, seed):
         length = rng.choice([1, 2, 3, 5, 8, 17, 64, 200])
         probability, ratio = rng.choice([0.001, 0.1, 0.3, 0.5, 0.99]), rng.choice([0.0, 0.3, 1.0])
         poisson_lambda = rng.choice([1e-9, 0.05, 1.0, 3.0, 50.0, 1e6])
-        examples = make_rows(9, length, rng.randrange(10**6), rng.choice([1, 3, 20]), rng.choice([2, 10, 1000]))
+        examples = make_rows(
+            9, length, rng.randrange(10**6), rng.choice([1, 3, 20]), rng.choice([2, 10, 1000])
+        )
         examples["input_ids"][:3, rng.randrange(length) + 1 :] = PAD
         examples["input_ids"][3, rng.randrange(length)] = UNK
         original = {name: array.copy() for name, array in examples.items()}
@@ -198,7 +223,9 @@ def test_properties_at_every_length(tokenizer, seed):
         )
         batch = collator(examples, generator(seed))
         assert set(batch) == {"input_ids", "attention_mask", "decoder_input_ids", "labels"}
-        assert all(array.shape == (9, length) and array.dtype == np.int32 for array in batch.values())
+        assert all(
+            array.shape == (9, length) and array.dtype == np.int32 for array in batch.values()
+        )
         assert all((examples[name] == original[name]).all() for name in original)
         for i, shown in enumerate(shown_rows(batch)):
             row, starts_sentence = original["input_ids"][i].tolist(), original["starts_sentence"][i]
@@ -211,14 +238,17 @@ def test_properties_at_every_length(tokenizer, seed):
             num_masked = round(probability * len(ordinary))
             assert len(kept) == len(ordinary) - num_masked
             assert not Counter(kept) - Counter(ordinary)
-            assert len(kept) + len(special) + shown.count(MASK) == len(shown) <= length  # nothing is pushed out
+            assert (
+                len(kept) + len(special) + shown.count(MASK) == len(shown) <= length
+            )  # nothing is pushed out
             # In each document something stands for what is hidden, and all that is seen is its own.
             seen = [[]]
             for token in shown:
                 seen.append([]) if token in (BOS, EOS) else seen[-1].append(token)
             seen = [tokens for tokens in seen if tokens]
             texts = [
-                [row[i] for sentence in document for i in sentence] for document in documents(row, starts_sentence)
+                [row[i] for sentence in document for i in sentence]
+                for document in documents(row, starts_sentence)
             ]
             assert len(seen) == len(texts)
             for tokens, text in zip(seen, texts, strict=True):
@@ -277,7 +307,10 @@ def test_how_many_sentences_move_is_not_off_by_a_rounding_error(tokenizer):
     assert 0.55 * 100 > 55
     examples = one_document(50, 100)
     examples["starts_sentence"][:] = True
-    moved = [np.sum(np.array(order) != np.arange(100)) for _, order in permuted_documents(tokenizer, examples, 0.55)]
+    moved = [
+        np.sum(np.array(order) != np.arange(100))
+        for _, order in permuted_documents(tokenizer, examples, 0.55)
+    ]
     assert max(moved) == 55
 
 
@@ -289,10 +322,14 @@ def test_permutations_are_uniform(tokenizer, ratio):
     orders = Counter(order for _, order in permuted_documents(tokenizer, examples, ratio))
     chances = dict.fromkeys(permutations(range(4)), 1 / 24)
     if ratio == 0.5:
-        moved = {order: sum(number != place for place, number in enumerate(order)) for order in chances}
+        moved = {
+            order: sum(number != place for place, number in enumerate(order)) for order in chances
+        }
         chances = {order: {0: 1 / 2, 2: 1 / 12}.get(moved[order], 0) for order in chances}
     assert set(orders) == {order for order in chances if chances[order]}
-    assert_distribution([orders[order] for order in chances if chances[order]], [x for x in chances.values() if x])
+    assert_distribution(
+        [orders[order] for order in chances if chances[order]], [x for x in chances.values() if x]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- infilling
@@ -302,9 +339,14 @@ def test_permutations_are_uniform(tokenizer, ratio):
 def test_span_lengths_are_poisson(tokenizer, poisson_lambda):
     """Lengths are drawn from two tables of 65,536 entries, each as likely as another: those other than 0, and how many
     of length 0 come before one of those, which is geometric. Each chance is right to the rounding, half an entry."""
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, 100, START, 0.3, 1.0, poisson_lambda)
+    collator = bart.FlaxDataCollatorForBartDenoisingLM(
+        tokenizer, 100, START, 0.3, 1.0, poisson_lambda
+    )
     zero = math.exp(-poisson_lambda)
-    chances = [math.exp(k * math.log(poisson_lambda) - poisson_lambda - math.lgamma(k + 1)) for k in range(1, 80)]
+    chances = [
+        math.exp(k * math.log(poisson_lambda) - poisson_lambda - math.lgamma(k + 1))
+        for k in range(1, 80)
+    ]
     for table, first, expected in (
         (collator.lengths, 1, np.array(chances) / (1 - zero)),
         (collator.zeros, 0, (1 - zero) * zero ** np.arange(80.0)),
@@ -342,7 +384,9 @@ def test_infilling_is_that_of_the_slow_reference(tokenizer, probability, poisson
                 inserted += masks if not hidden else 0
                 assert masks >= (hidden > 0)
             lengths[len(shown)] += 1
-            places.update(10 * place // len(shown) for place, token in enumerate(shown) if token == MASK)
+            places.update(
+                10 * place // len(shown) for place, token in enumerate(shown) if token == MASK
+            )
             special = [token for token in row if token in (BOS, EOS)]
             assert [token for token in shown if token in (BOS, EOS)] == special
         assert inserted > 50
@@ -354,13 +398,21 @@ def test_infilling_is_that_of_the_slow_reference(tokenizer, probability, poisson
 def test_one_mask_token_stands_for_a_span(tokenizer):
     """The mean over all spans: lambda of tokens hidden for each mask token, those of no token counted."""
     examples = one_document(400, 1024)
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, 1024, START, permute_sentence_ratio=0.0)
+    collator = bart.FlaxDataCollatorForBartDenoisingLM(
+        tokenizer, 1024, START, permute_sentence_ratio=0.0
+    )
     shown = shown_rows(collator(examples, generator(9)))
     masks = sum(row.count(MASK) for row in shown)
     hidden = 400 * round(0.3 * 1024)
     assert sum(map(len, shown)) == 400 * 1024 - hidden + masks
-    assert hidden / masks == pytest.approx(3.0, rel=0.02)  # the last of about 100 spans of a row is cut
-    stretches = [found for row, x in zip(examples["input_ids"], shown, strict=True) for found in groups(row, x)]
+    assert hidden / masks == pytest.approx(
+        3.0, rel=0.02
+    )  # the last of about 100 spans of a row is cut
+    stretches = [
+        found
+        for row, x in zip(examples["input_ids"], shown, strict=True)
+        for found in groups(row, x)
+    ]
     assert sum(found[1] == 1 for found in stretches) > 0.6 * masks  # most stand by themselves
 
 
@@ -373,14 +425,19 @@ def test_masks_are_everywhere_alike(tokenizer):
     hidden = rows - np.bincount(collator(examples, generator(11))["input_ids"].ravel())[5:]
     assert hidden.sum() == rows * 30
     hidden = hidden.reshape(10, 10).sum(axis=1)
-    np.testing.assert_allclose(hidden[1:-1], hidden[1:-1].mean(), rtol=0.022)  # the standard deviation: 0.0042
+    np.testing.assert_allclose(
+        hidden[1:-1], hidden[1:-1].mean(), rtol=0.022
+    )  # the standard deviation: 0.0042
     np.testing.assert_allclose(hidden, rows * 3, rtol=0.1)
 
 
 def test_pieces_of_documents_and_unknown_words(tokenizer):
     """A row that starts and ends within documents; the unknown word is a word, a mask token in the text as well."""
     row = [10, 11, UNK, 13, EOS, BOS, 16, MASK, 18, 19]
-    examples = {"input_ids": np.array([row] * 500, np.int32), "starts_sentence": np.zeros((500, 10), bool)}
+    examples = {
+        "input_ids": np.array([row] * 500, np.int32),
+        "starts_sentence": np.zeros((500, 10), bool),
+    }
     examples["starts_sentence"][:, [2, 8]] = True
     collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, 10, START, 1e-9)
     orders = {tuple(shown) for shown in shown_rows(collator(examples, generator()))}
@@ -428,7 +485,9 @@ def test_special_tokens_where_the_tokenizer_adds_none(tmp_path):
     batch = {"text": ["w1 w2 w3", "w4"]}
     expected = [tokenizer(text)["input_ids"] for text in batch["text"]]
     assert bart.encode(batch, tokenizer, "en")["input_ids"] == expected
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
     assert BOS not in tokenizer("w1")["input_ids"]
     assert bart.encode(batch, tokenizer, "en")["input_ids"] == expected
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -436,28 +495,46 @@ def test_special_tokens_where_the_tokenizer_adds_none(tmp_path):
     )  # as mBART's, which ends a text with its language
     assert [ids[-2:] for ids in bart.encode(batch, tokenizer, "en")["input_ids"]] == 2 * [[EOS, 10]]
     without_bos = word_tokenizer(tmp_path / "without", without=("bos",))
-    without_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    assert [[ids[0], ids[-1]] for ids in bart.encode(batch, without_bos, "en")["input_ids"]] == 2 * [[EOS, EOS]]
+    without_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
+    assert [
+        [ids[0], ids[-1]] for ids in bart.encode(batch, without_bos, "en")["input_ids"]
+    ] == 2 * [[EOS, EOS]]
 
 
 def parse(directory, *flags):
-    model = [f"--config_name={directory}", f"--tokenizer_name={directory}", "--output_dir=not-written"]
+    model = [
+        f"--config_name={directory}",
+        f"--tokenizer_name={directory}",
+        "--output_dir=not-written",
+    ]
     return bart.parse_args([*model, "--train_file=none.txt", *flags])
 
 
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory, roberta_dir):
     """50 blocks of 16 tokens, out of documents of several sentences, and these tokens one after the other."""
-    tokenizer, directory = AutoTokenizer.from_pretrained(roberta_dir), tmp_path_factory.mktemp("data")
+    tokenizer, directory = (
+        AutoTokenizer.from_pretrained(roberta_dir),
+        tmp_path_factory.mktemp("data"),
+    )
     texts = [f"Here is text {i}. It has one. " + i % 4 * "And there is more! " for i in range(60)]
     (directory / "train.txt").write_text("".join(text + "\n" for text in texts))
     args = parse(
-        roberta_dir, f"--train_file={directory / 'train.txt'}", "--do_train", "--validation_split_percentage=0"
+        roberta_dir,
+        f"--train_file={directory / 'train.txt'}",
+        "--do_train",
+        "--validation_split_percentage=0",
     )
     train, _ = bart.load_texts(args)
     found = bart.tokenize(train, tokenizer, 16, args, 50, "tested")
     assert len(found.ends) == 50
-    return found, np.array([token for text in texts for token in tokenizer(text.rstrip())["input_ids"]]), tokenizer
+    return (
+        found,
+        np.array([token for text in texts for token in tokenizer(text.rstrip())["input_ids"]]),
+        tokenizer,
+    )
 
 
 def test_blocks_are_all_documents_end_to_end(sequences):
@@ -488,7 +565,9 @@ def test_layouts_share_their_rows_and_noise(monkeypatch, sequences):
         assert all((a[name] == b[name]).all() for a, b in zip(eight, folded, strict=True))
         assert all((a[name] == b[name]).all() for a, b in zip(eight, one, strict=True))
         assert (rest[name] == eight[3][name]).all()
-        several, single = (np.concatenate([batch[name] for batch in x])[:50] for x in (evaluated, alone))
+        several, single = (
+            np.concatenate([batch[name] for batch in x])[:50] for x in (evaluated, alone)
+        )
         assert (several == single).all()
     assert (eight[0]["input_ids"] != eight[1]["input_ids"]).any()
 
@@ -514,8 +593,15 @@ def test_which_token_the_decoder_starts_from(tmp_path):
     word_tokenizer(tmp_path)
     BartConfig(vocab_size=100, decoder_start_token_id=START).save_pretrained(tmp_path)
     assert bart.load_config_and_tokenizer(parse(tmp_path))[0].decoder_start_token_id == START
-    MBartConfig(vocab_size=100).save_pretrained(tmp_path)  # which has none: the last token of a text
-    assert bart.load_config_and_tokenizer(parse(tmp_path, "--model_type=mbart"))[0].decoder_start_token_id == EOS
+    MBartConfig(vocab_size=100).save_pretrained(
+        tmp_path
+    )  # which has none: the last token of a text
+    assert (
+        bart.load_config_and_tokenizer(parse(tmp_path, "--model_type=mbart"))[
+            0
+        ].decoder_start_token_id
+        == EOS
+    )
     BartConfig(vocab_size=100, decoder_start_token_id=100).save_pretrained(tmp_path)
     with pytest.raises(bart.InputError, match="decoder_start_token_id"):
         bart.load_config_and_tokenizer(parse(tmp_path))
@@ -628,7 +714,9 @@ def test_loss_of_mbart_equals_the_full_computation():
     """It normalizes the hidden states once more, after the last layer."""
     model, params = make_model("mbart")
     batch = make_batch()
-    both = compiled(lambda x: (bart.loss_sums(x, batch, model, False)[1], full_loss(x, batch, model)), params)
+    both = compiled(
+        lambda x: (bart.loss_sums(x, batch, model, False)[1], full_loss(x, batch, model)), params
+    )
     sums, (expected, (predicted, accuracy)) = both(params)
     assert sums["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert (sums["predicted"], sums["accuracy"]) == (predicted, accuracy)
@@ -638,7 +726,9 @@ def assert_equal_gradients(grads, expected):
     assert grads.keys() == expected.keys()
     largest = max(float(jnp.abs(x).max()) for x in expected.values())
     for path, value in expected.items():
-        np.testing.assert_allclose(grads[path], value, rtol=1e-4, atol=1e-6 * largest, err_msg=str(path))
+        np.testing.assert_allclose(
+            grads[path], value, rtol=1e-4, atol=1e-6 * largest, err_msg=str(path)
+        )
 
 
 def test_the_logits_of_a_batch_never_exist_at_once():
@@ -655,7 +745,9 @@ def test_gradient_checkpointing_changes_no_gradient():
     model, _ = make_model("bart")
     params, plain, _ = programs(True)
     batch, key = make_batch(), jax.random.key(0, impl="rbg")
-    recomputed = jax.grad(lambda x: bart.loss_sums(unflatten_dict(x), batch, model, True, key), has_aux=True)
+    recomputed = jax.grad(
+        lambda x: bart.loss_sums(unflatten_dict(x), batch, model, True, key), has_aux=True
+    )
     grads, sums = compiled(recomputed, params)(params)
     (loss, _), expected_grads, _ = plain(params)
     assert sums["loss"] == pytest.approx(float(loss), rel=1e-6)
@@ -672,7 +764,9 @@ def test_gradient_checkpointing_keeps_the_input_of_a_layer_alone(family):
         function = lambda params: bart.loss_sums(params, batch, model, checkpointing, key)[0]  # noqa: E731
         backward = jax.eval_shape(lambda params: jax.vjp(function, params)[1], params)
         shapes = [x.shape for x in jax.tree.leaves(backward)]
-        return sum(math.prod(shape) for shape in shapes if shape[:1] == (BATCH,))  # not those of the parameters
+        return sum(
+            math.prod(shape) for shape in shapes if shape[:1] == (BATCH,)
+        )  # not those of the parameters
 
     inputs = 2 * BATCH * LENGTH * SIZES["d_model"]
     plain, recomputed = (kept(x, layers=2) - kept(x, layers=1) for x in (False, True))
@@ -695,7 +789,9 @@ def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
     states, (loss, sums) = compiled(states_and_loss, params)(params)
     assert states.dtype == dtype
     kernel = np.asarray(params["model"]["shared"]["embedding"].astype(dtype), np.float64).T
-    exact = np.asarray(states, np.float64) @ kernel + np.asarray(params["final_logits_bias"], np.float64)
+    exact = np.asarray(states, np.float64) @ kernel + np.asarray(
+        params["final_logits_bias"], np.float64
+    )
     labels = np.asarray(batch["labels"])
     picked = np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
     losses = np.log(np.exp(exact).sum(-1)) - picked

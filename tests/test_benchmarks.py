@@ -46,7 +46,9 @@ def test_operations_of_a_gpt2_step_by_the_formula(length):
 
 def test_harness_runs_a_script_as_it_is(tmp_path):
     (tmp_path / "all").mkdir()
-    (tmp_path / "all" / "train.txt").write_text("\n".join(f"the line {i} of a text of lines" for i in range(3000)))
+    (tmp_path / "all" / "train.txt").write_text(
+        "\n".join(f"the line {i} of a text of lines" for i in range(3000))
+    )
     text = harness.write_corpus(tmp_path, 0.05)
     assert 50_000 <= text.stat().st_size < 50_100
     folder = harness.write_model(tmp_path, text, "gpt2", "small", 16, 300)
@@ -54,7 +56,9 @@ def test_harness_runs_a_script_as_it_is(tmp_path):
     more = {"max_steps": steps, "logging_steps": 1}
     script, flags = harness.command("causal", folder, text, tmp_path / "out", 2, 16, **more)
     one_device = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    found = harness.run(tmp_path, script, flags, one_device, segment=segment, product=("float32", 64))
+    found = harness.run(
+        tmp_path, script, flags, one_device, segment=segment, product=("float32", 64)
+    )
     assert found["tokens"] == 2 * 16
     assert all(0 < found[name] < found["process"] for name in (*PARTS, "loop", "bare"))
     assert sum(found[name] for name in PARTS) < found["to_first_step"] < found["process"]
@@ -67,12 +71,16 @@ def test_harness_ends_with_the_error_of_the_script(tmp_path):
         harness.run(tmp_path, "run_mlm_flax.py", ["--output_dir=out", "--max_steps=0"])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem
+)
 def test_help_says_the_command(path: Path):
     text = path.read_text("utf-8")
     if "ArgumentParser" not in text:
         return
-    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, path, "--help"], capture_output=True, text=True, timeout=120, check=True
+    )
     assert f"python benchmarks/{path.name}" in done.stdout
 
 

@@ -10,7 +10,16 @@ from transformers import CONFIG_MAPPING, AutoConfig, FlaxAutoModel
 
 import run_bert_flax as bert
 
-FAMILIES = ("albert", "bert", "big_bird", "distilbert", "electra", "roberta", "roberta-prelayernorm", "roformer")
+FAMILIES = (
+    "albert",
+    "bert",
+    "big_bird",
+    "distilbert",
+    "electra",
+    "roberta",
+    "roberta-prelayernorm",
+    "roformer",
+)
 SIZES = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -44,7 +53,10 @@ def products(program) -> list:
     """All matrix products of a program, of those that it calls as well."""
     found = []
     for equation in program.eqns:
-        if equation.primitive is jax.lax.dot_general_p and equation.params["dimension_numbers"][0][0]:
+        if (
+            equation.primitive is jax.lax.dot_general_p
+            and equation.params["dimension_numbers"][0][0]
+        ):
             found.append(equation)  # others sum up nothing: they scale by a mask of heads
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
@@ -62,7 +74,9 @@ def test_bfloat16_is_close_and_all_its_products_accumulate_in_float32(family):
     for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):
         encode, weights = bert.make_encoder(config, params, precision)
         found = products(jax.make_jaxpr(encode)(weights, ids).jaxpr)
-        assert len(found) >= 12  # queries, keys, values, scores, weighted values, output of each layer, at least
+        assert (
+            len(found) >= 12
+        )  # queries, keys, values, scores, weighted values, output of each layer, at least
         assert all(str(equation.outvars[0].aval.dtype) == "float32" for equation in found)
         assert all(str(x.aval.dtype) == precision for equation in found for x in equation.invars)
         output = encode(weights, ids).astype(jnp.float32)
@@ -108,14 +122,22 @@ def small_product(monkeypatch):
     monkeypatch.setattr(bert, "PRODUCT_SIZE", 64)
 
 
-@pytest.mark.parametrize("flags", [["--precision=float32"], ["--precision", "bfloat16"], ["--compare"]])
+@pytest.mark.parametrize(
+    "flags", [["--precision=float32"], ["--precision", "bfloat16"], ["--compare"]]
+)
 def test_report(tiny_bert, capsys, flags):
     assert bert.cli_of_benchmark([f"--model_name_or_path={tiny_bert}", *FAST, *flags]) == 0
     printed = capsys.readouterr().out
     rows = re.findall(
-        r"^(float32|bfloat16) +[\d.,]+ +[\d,]+ +[\d.,]+ +[\d.,]+ +[\d,]+ +\d+% of [\d,]+$", printed, re.M
+        r"^(float32|bfloat16) +[\d.,]+ +[\d,]+ +[\d.,]+ +[\d.,]+ +[\d,]+ +\d+% of [\d,]+$",
+        printed,
+        re.M,
     )
-    assert rows == (["float32", "bfloat16"] if flags == ["--compare"] else [flags[-1].removeprefix("--precision=")])
+    assert rows == (
+        ["float32", "bfloat16"]
+        if flags == ["--compare"]
+        else [flags[-1].removeprefix("--precision=")]
+    )
     assert re.search(r"^Relative error .*: 0\.\d+%\.$", printed, re.M)
     assert ("times as fast" in printed) == (flags == ["--compare"])
     assert max(map(len, printed.splitlines())) <= 110
@@ -123,11 +145,17 @@ def test_report(tiny_bert, capsys, flags):
 
 def test_default_model_falls_back_to_random_weights_of_its_size(capsys, monkeypatch):
     sizes = []
-    monkeypatch.setattr(bert.FlaxAutoModel, "from_config", lambda config, **_: sizes.append(config) or 1 / 0)
+    monkeypatch.setattr(
+        bert.FlaxAutoModel, "from_config", lambda config, **_: sizes.append(config) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         bert.load(bert.read_args([]))
     assert "random weights" in capsys.readouterr().out
-    assert (sizes[0].model_type, sizes[0].hidden_size, sizes[0].num_hidden_layers) == ("bert", 768, 12)
+    assert (sizes[0].model_type, sizes[0].hidden_size, sizes[0].num_hidden_layers) == (
+        "bert",
+        768,
+        12,
+    )
 
 
 def test_pytorch_weights_are_read(tiny_bert, tmp_path):
@@ -135,9 +163,14 @@ def test_pytorch_weights_are_read(tiny_bert, tmp_path):
 
     import run_mlm_flax
 
-    config, params = AutoConfig.from_pretrained(tiny_bert), FlaxAutoModel.from_pretrained(tiny_bert).params
+    config, params = (
+        AutoConfig.from_pretrained(tiny_bert),
+        FlaxAutoModel.from_pretrained(tiny_bert).params,
+    )
     config.save_pretrained(tmp_path)
-    save_file(run_mlm_flax.to_pytorch(params), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        run_mlm_flax.to_pytorch(params), tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
     read = bert.load(bert.read_args([f"--model_name_or_path={tmp_path}", *FAST]))[1]
     assert jax.tree.all(jax.tree.map(np.array_equal, params, read))
 

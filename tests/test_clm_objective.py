@@ -80,7 +80,11 @@ FAMILIES = {
     },
     "xlm-roberta": ENCODER,
 }  # fmt: skip
-ALWAYS_UNTIED = ("gptj", "llama", "mistral")  # in Flax; a tied GPT-J cannot even be made, its head has a bias
+ALWAYS_UNTIED = (
+    "gptj",
+    "llama",
+    "mistral",
+)  # in Flax; a tied GPT-J cannot even be made, its head has a bias
 KEY = jax.random.key(0, impl="rbg")  # dropout is zero: the key is used and changes nothing
 
 
@@ -99,27 +103,52 @@ def make_model(family: str, directory: Path, tied: bool = False):
     without jit: what is compiled then are single operations, most of which the families have in common."""
     from training_scripts import word_tokenizer
 
-    settings = {"vocab_size": VOCAB_SIZE, "pad_token_id": 1, "tie_word_embeddings": tied, **FAMILIES[family]}
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "pad_token_id": 1,
+        "tie_word_embeddings": tied,
+        **FAMILIES[family],
+    }
     CONFIG_MAPPING[family](**settings).save_pretrained(directory)
     word_tokenizer(directory)
-    flags = [f"--config_name={directory}", f"--tokenizer_name={directory}", "--output_dir=none", "--train_file=none"]
+    flags = [
+        f"--config_name={directory}",
+        f"--tokenizer_name={directory}",
+        "--output_dir=none",
+        "--train_file=none",
+    ]
     args = clm.parse_args(flags)
     config, _, _ = clm.load_config_and_tokenizer(args)
-    model, rng = FlaxAutoModelForCausalLM.from_config(config, _do_init=False), np.random.default_rng(0)
-    draw = lambda path, x: (path[-1] == "scale") + 0.2 * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
-    return model, unflatten_dict({path: draw(path, x) for path, x in flatten_dict(model.params_shape_tree).items()})
+    model, rng = (
+        FlaxAutoModelForCausalLM.from_config(config, _do_init=False),
+        np.random.default_rng(0),
+    )
+    draw = lambda path, x: (
+        (path[-1] == "scale") + 0.2 * rng.standard_normal(x.shape).astype(np.float32)
+    )  # noqa: E731
+    return model, unflatten_dict(
+        {path: draw(path, x) for path, x in flatten_dict(model.params_shape_tree).items()}
+    )
 
 
 def apply(model, params, input_ids):
-    segments = {"token_type_ids": jnp.zeros_like(input_ids)} if model.config.model_type == "electra" else {}
+    segments = (
+        {"token_type_ids": jnp.zeros_like(input_ids)}
+        if model.config.model_type == "electra"
+        else {}
+    )
     return model(input_ids, params=params, **segments).logits
 
 
 def full_loss(params, batch, model):
     """Logits of every position, softmax over all of them, the label of a position is the next token."""
-    log_probabilities = jax.nn.log_softmax(apply(model, params, batch["input_ids"]).astype(jnp.float32))[:, :-1]
+    log_probabilities = jax.nn.log_softmax(
+        apply(model, params, batch["input_ids"]).astype(jnp.float32)
+    )[:, :-1]
     labels = batch["labels"][:, 1:]
-    picked = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[:, :, None], axis=2)[:, :, 0]
+    picked = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[:, :, None], axis=2)[
+        :, :, 0
+    ]
     return -jnp.where(labels == -100, 0, picked).sum(), (labels != -100).sum()
 
 
@@ -139,7 +168,9 @@ def test_every_family_is_tested():
 def check_loss_and_gradients(model, params, checkpointing: tuple[bool, ...]):
     """With a row that fills up a partial batch, and a length that no number of pieces divides."""
     batch = make_batch(length=29, without=1)
-    (expected, predicted), expected_grads = jax.value_and_grad(full_loss, has_aux=True)(params, batch, model)
+    (expected, predicted), expected_grads = jax.value_and_grad(full_loss, has_aux=True)(
+        params, batch, model
+    )
     gradients = jax.value_and_grad(clm.loss_sums, has_aux=True)
     pieces = [gradients(params, batch, model, remat, KEY) for remat in checkpointing]
     assert predicted == (batch["labels"][:, 1:] != -100).sum()
@@ -154,7 +185,9 @@ def check_loss_and_gradients(model, params, checkpointing: tuple[bool, ...]):
         grads = flatten_dict(grads)
         assert grads.keys() == expected_grads.keys()
         for path, value in expected_grads.items():
-            np.testing.assert_allclose(grads[path], value, rtol=1e-5, atol=2e-6 * largest, err_msg=str(path))
+            np.testing.assert_allclose(
+                grads[path], value, rtol=1e-5, atol=2e-6 * largest, err_msg=str(path)
+            )
 
 
 def test_loss_and_gradients_equal_the_full_computation(model_and_params):
@@ -196,7 +229,11 @@ def test_logits_exist_in_pieces_only(model_and_params):
     batch, parameters = make_batch(rows=4), {x.shape for x in jax.tree.leaves(params)}
     parameters |= {shape[::-1] for shape in parameters}
     grad = jax.grad(clm.loss_sums, has_aux=True)
-    found = set(products(jax.make_jaxpr(grad, static_argnums=(2, 3))(params, batch, model, False, KEY).jaxpr))
+    found = set(
+        products(
+            jax.make_jaxpr(grad, static_argnums=(2, 3))(params, batch, model, False, KEY).jaxpr
+        )
+    )
     sizes = {math.prod(shape) // VOCAB_SIZE for shape in found - parameters}
     assert max(sizes) == 4 * LENGTH // clm.PIECES, found
 
@@ -212,20 +249,29 @@ def gpt2_dir(tmp_path_factory, corpus):
     directory = tmp_path_factory.mktemp("gpt2")
     bpe = ByteLevelBPETokenizer()
     bpe.train([str(corpus / "validation.txt")], vocab_size=500, show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>"
+    ).save_pretrained(directory)
     GPT2Config(**{**GPT2, "n_positions": 48}, vocab_size=501).save_pretrained(directory)
     return directory
 
 
 def parse(gpt2_dir, *flags):
-    model = [f"--config_name={gpt2_dir}", f"--tokenizer_name={gpt2_dir}", "--output_dir=none", "--do_train"]
+    model = [
+        f"--config_name={gpt2_dir}",
+        f"--tokenizer_name={gpt2_dir}",
+        "--output_dir=none",
+        "--do_train",
+    ]
     return clm.parse_args([*model, "--validation_split_percentage=0", *map(str, flags)])
 
 
 def read(args):
     _, tokenizer, block_size = clm.load_config_and_tokenizer(args)
     train_texts, _ = clm.load_texts(args)
-    return clm.tokenize(train_texts, tokenizer, block_size, args, args.max_train_samples, "training"), tokenizer
+    return clm.tokenize(
+        train_texts, tokenizer, block_size, args, args.max_train_samples, "training"
+    ), tokenizer
 
 
 def rows(sequences, count: int) -> list[list[int]]:
@@ -235,7 +281,9 @@ def rows(sequences, count: int) -> list[list[int]]:
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
         assert all(array.dtype == np.int32 for array in batch.values())
         assert (batch["attention_mask"] == 1).all()
-        input_ids, labels = (batch[name].reshape(DEVICES * 3, -1) for name in ("input_ids", "labels"))
+        input_ids, labels = (
+            batch[name].reshape(DEVICES * 3, -1) for name in ("input_ids", "labels")
+        )
         real = min(count - len(found), DEVICES * 3)
         assert (labels[:real] == input_ids[:real]).all()
         assert (labels[real:] == -100).all()
@@ -244,7 +292,17 @@ def rows(sequences, count: int) -> list[list[int]]:
     return found
 
 
-LINES = ["first line", "", "  ", "naïve\tline 日本語", "", "", *(f"line {i} of many" for i in range(1500)), "", "last"]
+LINES = [
+    "first line",
+    "",
+    "  ",
+    "naïve\tline 日本語",
+    "",
+    "",
+    *(f"line {i} of many" for i in range(1500)),
+    "",
+    "last",
+]
 
 
 @pytest.mark.parametrize("keep_linebreaks", [None, True, False])
@@ -277,7 +335,9 @@ def test_texts_of_other_files_are_taken_as_they_are(tmp_path, gpt2_dir):
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     sequences, tokenizer = read(parse(gpt2_dir, f"--train_file={file}", "--block_size=8"))
     tokens = [token for text in texts if text for token in tokenizer(text)["input_ids"]]
-    assert rows(sequences, len(tokens) // 8) == [tokens[i : i + 8] for i in range(0, len(tokens) - 7, 8)]
+    assert rows(sequences, len(tokens) // 8) == [
+        tokens[i : i + 8] for i in range(0, len(tokens) - 7, 8)
+    ]
 
 
 @pytest.mark.parametrize("text", ["\n \n\t\n", "\n" * 2000])
@@ -305,7 +365,12 @@ def test_block_size_is_what_the_model_allows_and_no_more_than_1024(
     tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
     tokenizer.model_max_length = tokenizer_length or 10**30
     tokenizer.save_pretrained(tmp_path)
-    flags = [f"--config_name={tmp_path}", f"--tokenizer_name={tmp_path}", "--output_dir=none", "--train_file=none"]
+    flags = [
+        f"--config_name={tmp_path}",
+        f"--tokenizer_name={tmp_path}",
+        "--output_dir=none",
+        "--train_file=none",
+    ]
     with caplog.at_level("INFO", logger="run_clm_flax"):
         assert clm.load_config_and_tokenizer(clm.parse_args(flags))[2] == expected
     (line,) = (record.getMessage() for record in caplog.records)
@@ -314,7 +379,10 @@ def test_block_size_is_what_the_model_allows_and_no_more_than_1024(
     assert clm.load_config_and_tokenizer(clm.parse_args([*flags, "--block_size=40"]))[2] == 40
     if family != "bloom":
         limit = 128 if family == "roberta" else settings["n_positions"]
-        assert clm.load_config_and_tokenizer(clm.parse_args([*flags, f"--block_size={limit}"]))[2] == limit
+        assert (
+            clm.load_config_and_tokenizer(clm.parse_args([*flags, f"--block_size={limit}"]))[2]
+            == limit
+        )
         with pytest.raises(clm.InputError, match=rf"--block_size {limit + 1}\b.*\b{limit}\b"):
             clm.load_config_and_tokenizer(clm.parse_args([*flags, f"--block_size={limit + 1}"]))
 
@@ -327,7 +395,9 @@ def written(directory: Path, family: str, **settings) -> list[str]:
     from training_scripts import word_tokenizer
 
     word_tokenizer(directory / "tokenizer")
-    CONFIG_MAPPING[family](vocab_size=VOCAB_SIZE, pad_token_id=1, **FAMILIES[family]).save_pretrained(directory)
+    CONFIG_MAPPING[family](
+        vocab_size=VOCAB_SIZE, pad_token_id=1, **FAMILIES[family]
+    ).save_pretrained(directory)
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     files = [f"--config_name={directory}", f"--tokenizer_name={directory / 'tokenizer'}"]
@@ -341,10 +411,16 @@ def load(flags: list[str]):
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 IGNORED = [  # by the Flax class, while PyTorch's obeys it
     *((family, "rope_theta", 1e6) for family in ("gemma", "llama", "mistral")),
-    *((family, "rope_scaling", {"rope_type": "linear", "factor": 4.0}) for family in ("gemma", "llama", "mistral")),
+    *(
+        (family, "rope_scaling", {"rope_type": "linear", "factor": 4.0})
+        for family in ("gemma", "llama", "mistral")
+    ),
     ("llama", "rope_scaling", {"type": "dynamic", "factor": 2.0}),
     ("gemma", "rope_scaling", "linear"),
-    *((family, "rope_parameters", {**ROPE, "rope_theta": 5e5}) for family in ("gemma", "llama", "mistral")),
+    *(
+        (family, "rope_parameters", {**ROPE, "rope_theta": 5e5})
+        for family in ("gemma", "llama", "mistral")
+    ),
     ("llama", "rope_parameters", {**ROPE, "rope_type": "linear", "factor": 4.0}),
     ("gptj", "tie_word_embeddings", True),
     ("llama", "tie_word_embeddings", True),
@@ -371,11 +447,15 @@ IGNORED = [  # by the Flax class, while PyTorch's obeys it
 def test_what_flax_ignores_is_refused(tmp_path, family, key, value):
     """In one line that names the config, not the tokenizer, and says what is there."""
     flags = written(tmp_path, family, **{key: value})
-    name, found = ("hidden_act", "gelu_pytorch_tanh") if key == "hidden_activation" else (key, value)
+    name, found = (
+        ("hidden_act", "gelu_pytorch_tanh") if key == "hidden_activation" else (key, value)
+    )
     with pytest.raises(clm.InputError) as caught:
         load(flags)
     message, expected = str(caught.value), f"{tmp_path}: {name} is {found}"
-    assert message.startswith(expected.rstrip("}"))  # Transformers adds a rope_type where there is a type
+    assert message.startswith(
+        expected.rstrip("}")
+    )  # Transformers adds a rope_type where there is a type
     assert f"Flax's {family} has " in message
 
 
@@ -387,7 +467,13 @@ def test_what_transformers_writes_is_accepted(tmp_path, family):
     everything = CONFIG_MAPPING[family](**FAMILIES[family]).to_dict()
     load(written(tmp_path / "all", family, **everything))
     (tmp_path / "5").mkdir()
-    load(written(tmp_path / "5", family, **({"rope_parameters": ROPE} if FAMILIES[family] is LLAMA else {})))
+    load(
+        written(
+            tmp_path / "5",
+            family,
+            **({"rope_parameters": ROPE} if FAMILIES[family] is LLAMA else {}),
+        )
+    )
     clm.check_config(CONFIG_MAPPING[family](), "the default")
 
 

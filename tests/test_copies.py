@@ -52,9 +52,15 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("name", ["InputError", "TrainingLog", "Saver", "prefetch", "make_optimizer"])
+@pytest.mark.parametrize(
+    "name", ["InputError", "TrainingLog", "Saver", "prefetch", "make_optimizer"]
+)
 def test_a_changed_copy_is_found_and_fixed(root, name, edit):
-    for path in [path for path in copies.scripts(root)[1:] if name in copies.definitions(path.read_text("utf-8"))]:
+    for path in [
+        path
+        for path in copies.scripts(root)[1:]
+        if name in copies.definitions(path.read_text("utf-8"))
+    ]:
         before = change(path, name, EDITS[edit])
         ((found, what, message),) = copies.differences(root)
         assert (found, what) == (path, name)
@@ -81,7 +87,9 @@ def test_a_changed_template_is_written_into_all(root):
 
 def test_what_differs_by_objective_is_left_alone_but_watched(root):
     path = root / "run_t5_mlm_flax.py"
-    changed = change(path, "main", lambda lines: [lines[0], *(f"    # {i}\n" for i in range(40)), *lines[1:]])
+    changed = change(
+        path, "main", lambda lines: [lines[0], *(f"    # {i}\n" for i in range(40)), *lines[1:]]
+    )
     assert copies.fix(root) == []
     assert path.read_text("utf-8") != changed
     assert [name for _, name, _ in copies.differences(root)] == ["main"]
@@ -94,5 +102,7 @@ def test_neighbouring_definitions_stay_apart():
 
 
 def test_the_command():
-    run = subprocess.run([sys.executable, copies.__file__], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, copies.__file__], capture_output=True, text=True, check=False
+    )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

@@ -16,7 +16,13 @@ NAMES = ("train_loss", "eval_loss", "eval_accuracy")
 
 
 def draw(model_dir: Path, output: Path) -> ElementTree.Element:
-    command = [sys.executable, str(ROOT / "benchmarks" / "curves.py"), str(model_dir), "--output", str(output)]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "curves.py"),
+        str(model_dir),
+        "--output",
+        str(output),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     return ElementTree.parse(output).getroot()
@@ -35,7 +41,9 @@ def curves(root: ElementTree.Element) -> dict[str, np.ndarray]:
     """Points of each curve on the page, [points, 2]."""
     paths = {name: root.find(f".//{SVG}g[@id='{name}']/{SVG}path") for name in NAMES}
     numbers = {
-        name: re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d")) for name, path in paths.items() if path is not None
+        name: re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d"))
+        for name, path in paths.items()
+        if path is not None
     }
     return {name: np.array(pairs, float) for name, pairs in numbers.items()}
 
@@ -55,9 +63,17 @@ def test_curves_are_what_was_logged(script, tmp_path):
     assert run.returncode == 0, run.stderr
     root = draw(tmp_path / "out", tmp_path / "curves.svg")
     values, drawn = logged(run.stderr), curves(root)
-    assert drawn.keys() == values.keys() == set(NAMES[: 3 if script is SCRIPTS[0] else 2])  # clm has no accuracy
-    assert [len(values[name]) for name in NAMES[:2]] == [len(drawn[name]) for name in NAMES[:2]] == [6, 3]
-    assert_on_one_scale(*(np.concatenate([found["train_loss"], found["eval_loss"]]) for found in (values, drawn)))
+    assert (
+        drawn.keys() == values.keys() == set(NAMES[: 3 if script is SCRIPTS[0] else 2])
+    )  # clm has no accuracy
+    assert (
+        [len(values[name]) for name in NAMES[:2]]
+        == [len(drawn[name]) for name in NAMES[:2]]
+        == [6, 3]
+    )
+    assert_on_one_scale(
+        *(np.concatenate([found["train_loss"], found["eval_loss"]]) for found in (values, drawn))
+    )
     if "eval_accuracy" in drawn:
         assert_on_one_scale(values["eval_accuracy"], drawn["eval_accuracy"])
     text = [" ".join("".join(element.itertext()).split()) for element in root.iter(f"{SVG}text")]
@@ -69,7 +85,10 @@ def test_curves_are_what_was_logged(script, tmp_path):
 
 def test_the_readmes_picture():
     """It is a drawing of the numbers that the text beside it gives."""
-    picture, readme = ROOT / "docs" / "quickstart.svg", (ROOT / "README.md").read_text(encoding="utf-8")
+    picture, readme = (
+        ROOT / "docs" / "quickstart.svg",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+    )
     assert picture.stat().st_size < 60_000
     root = ElementTree.parse(picture).getroot()
     (section,) = re.findall(r"(?ms)^## Two commands to begin with$(.*?)^## ", readme)
@@ -77,4 +96,6 @@ def test_the_readmes_picture():
     for label in ("train 5.36", "eval 5.51", "17.2%"):
         assert label in labels
         assert label.split()[-1] in section
-    assert {name: len(points) for name, points in curves(root).items()} == dict(zip(NAMES, (20, 8, 8), strict=True))
+    assert {name: len(points) for name, points in curves(root).items()} == dict(
+        zip(NAMES, (20, 8, 8), strict=True)
+    )

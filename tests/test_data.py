@@ -44,11 +44,23 @@ def write_lines(path: Path, lines: list[str]) -> Path:
 
 
 def parse(roberta_dir, *flags, do="--do_train"):
-    model = [f"--config_name={roberta_dir}", f"--tokenizer_name={roberta_dir}", "--output_dir=not-written"]
+    model = [
+        f"--config_name={roberta_dir}",
+        f"--tokenizer_name={roberta_dir}",
+        "--output_dir=not-written",
+    ]
     return mlm.parse_args([*model, *([do] if do else []), *map(str, flags)])
 
 
-def read(roberta_dir, tokenizer, *flags, split: int = 0, limit=None, max_length: int = LENGTH, do="--do_train"):
+def read(
+    roberta_dir,
+    tokenizer,
+    *flags,
+    split: int = 0,
+    limit=None,
+    max_length: int = LENGTH,
+    do="--do_train",
+):
     """The sequences of the training data (split 0) or of the evaluation data (split 1)."""
     args = parse(roberta_dir, *flags, do=do)
     return mlm.tokenize(mlm.load_texts(args)[split], tokenizer, max_length, args, limit, "tested")
@@ -76,7 +88,9 @@ def in_order(sequences, tokenizer, count: int, column: str = "input_ids", max_le
         lengths = mask.sum(axis=1)
         assert (mask == (np.arange(mask.shape[1]) < lengths[:, None])).all()
         assert (examples["input_ids"][mask == 0] == tokenizer.pad_token_id).all()
-        rows += [row[:length].tolist() for row, length in zip(examples[column], lengths, strict=True)]
+        rows += [
+            row[:length].tolist() for row, length in zip(examples[column], lengths, strict=True)
+        ]
     return rows[:count]
 
 
@@ -154,7 +168,13 @@ def write_format(kind: str, directory: Path, lines: list[str]) -> str:
     if kind == "txt":
         write_lines(path, lines)
     elif kind in ("jsonl", "lines in json"):
-        write_lines(path, [json.dumps(record, ensure_ascii=number % 2 == 0) for number, record in enumerate(records)])
+        write_lines(
+            path,
+            [
+                json.dumps(record, ensure_ascii=number % 2 == 0)
+                for number, record in enumerate(records)
+            ],
+        )
     elif kind == "json":
         path.write_text(json.dumps(records), encoding="utf-8")
     elif kind == "csv":
@@ -169,12 +189,16 @@ def write_format(kind: str, directory: Path, lines: list[str]) -> str:
         folder = directory / "dataset"
         folder.mkdir()
         pyarrow.parquet.write_table(pyarrow.table({"text": lines}), folder / "train.parquet")
-        pyarrow.parquet.write_table(pyarrow.table({"text": ["for validation"]}), folder / "validation.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": ["for validation"]}), folder / "validation.parquet"
+        )
         return f"--dataset_name={folder}"
     return f"--train_file={path}"
 
 
-@pytest.mark.parametrize("kind", ["txt", "json", "lines in json", "jsonl", "csv", "parquet", "folder"])
+@pytest.mark.parametrize(
+    "kind", ["txt", "json", "lines in json", "jsonl", "csv", "parquet", "folder"]
+)
 def test_every_format_gives_the_same_sequences(tmp_path, roberta_dir, tokenizer, lines, kind):
     flag = write_format(kind, tmp_path, lines[:1200])
     expected = blocks(tokenizer, lines[:1200])
@@ -184,14 +208,30 @@ def test_every_format_gives_the_same_sequences(tmp_path, roberta_dir, tokenizer,
 
 @pytest.mark.parametrize("line_by_line", [False, True])
 def test_texts_of_none_and_of_several_lines(tmp_path, roberta_dir, tokenizer, line_by_line):
-    texts = ["first line\nsecond line\n\n  \nthird", None, "", " \n ", *(f"text {i}" for i in range(40)), None, "last"]
+    texts = [
+        "first line\nsecond line\n\n  \nthird",
+        None,
+        "",
+        " \n ",
+        *(f"text {i}" for i in range(40)),
+        None,
+        "last",
+    ]
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    flags = [f"--train_file={file}", "--validation_split_percentage=0", *(["--line_by_line"] if line_by_line else [])]
+    flags = [
+        f"--train_file={file}",
+        "--validation_split_percentage=0",
+        *(["--line_by_line"] if line_by_line else []),
+    ]
     sequences = read(roberta_dir, tokenizer, *flags, max_length=16)
     texts = [text for text in texts if text and text.strip()]
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
-    expected = [tokenizer(line)["input_ids"] for line in lines] if line_by_line else blocks(tokenizer, texts, 16)
+    expected = (
+        [tokenizer(line)["input_ids"] for line in lines]
+        if line_by_line
+        else blocks(tokenizer, texts, 16)
+    )
     assert in_order(sequences, tokenizer, len(expected), max_length=16) == expected
 
 
@@ -210,7 +250,9 @@ def test_texts_of_none_and_of_several_lines(tmp_path, roberta_dir, tokenizer, li
 )
 def test_which_column_is_the_text(tmp_path, roberta_dir, columns, wanted, found):
     file = tmp_path / "train.jsonl"
-    records = [{name: i if name == "number" else f"{name} {i}" for name in columns} for i in range(5)]
+    records = [
+        {name: i if name == "number" else f"{name} {i}" for name in columns} for i in range(5)
+    ]
     write_lines(file, [json.dumps(record) for record in records])
     flags = [f"--train_file={file}", "--validation_split_percentage=0"]
     args = parse(roberta_dir, *flags, *([f"--text_column_name={wanted}"] if wanted else []))
@@ -222,7 +264,9 @@ def test_which_column_is_the_text(tmp_path, roberta_dir, columns, wanted, found)
 
 
 @pytest.mark.parametrize(("percentage", "count"), [(5, 10), (1, 2), (33, 66), (99, 198)])
-def test_the_first_percents_of_train_are_for_validation(tmp_path, roberta_dir, lines, percentage, count):
+def test_the_first_percents_of_train_are_for_validation(
+    tmp_path, roberta_dir, lines, percentage, count
+):
     file = write_lines(tmp_path / "train.txt", lines[:200])
     flags = (f"--train_file={file}", f"--validation_split_percentage={percentage}")
     train, validation = mlm.load_texts(parse(roberta_dir, *flags, do=None))
@@ -241,13 +285,17 @@ def test_a_validation_file_leaves_train_whole(tmp_path, roberta_dir, lines):
 
 
 @pytest.mark.parametrize("line_by_line", [False, True])
-def test_words_are_those_of_the_pre_tokenizer(tmp_path, roberta_dir, tokenizer, lines, line_by_line):
+def test_words_are_those_of_the_pre_tokenizer(
+    tmp_path, roberta_dir, tokenizer, lines, line_by_line
+):
     file = write_lines(tmp_path / "train.txt", lines[:1100])
     flags = [f"--train_file={file}", "--whole_word_mask", "--validation_split_percentage=0"]
     sequences = read(roberta_dir, tokenizer, *flags, *(["--line_by_line"] if line_by_line else []))
     backend, tokens, marks = tokenizer.backend_tokenizer, [], []
     for line in lines[:1100]:
-        pieces = [backend.model.tokenize(word) for word, _ in backend.pre_tokenizer.pre_tokenize_str(line)]
+        pieces = [
+            backend.model.tokenize(word) for word, _ in backend.pre_tokenizer.pre_tokenize_str(line)
+        ]
         inner = [token.id for word in pieces for token in word]
         tokens.append([tokenizer.cls_token_id, *inner, tokenizer.sep_token_id])
         marks.append([0, *(int(i > 0) for word in pieces for i in range(len(word))), 0])
@@ -257,7 +305,9 @@ def test_words_are_those_of_the_pre_tokenizer(tmp_path, roberta_dir, tokenizer, 
     else:
         flat, flat_marks = ([x for row in rows for x in row] for rows in (tokens, marks))
         starts = range(0, len(flat) - LENGTH + 1, LENGTH)
-        tokens, marks = ([x[start : start + LENGTH] for start in starts] for x in (flat, flat_marks))
+        tokens, marks = (
+            [x[start : start + LENGTH] for start in starts] for x in (flat, flat_marks)
+        )
     assert in_order(sequences, tokenizer, len(tokens)) == tokens
     assert in_order(sequences, tokenizer, len(tokens), "continues_word") == marks
 
@@ -268,11 +318,16 @@ def test_reference_files(tmp_path, roberta_dir, tokenizer, lines):
     refs = [sorted(rng.integers(1, 90, rng.integers(0, 9)).tolist()) for _ in lines]
     with_blanks = [blank for line in lines for blank in (line, "", " ")]
     flags = [f"--train_file={write_lines(tmp_path / 'train.txt', with_blanks)}", "--line_by_line"]
-    flags += [f"--train_ref_file={write_lines(tmp_path / 'train.ref', [json.dumps(ref) for ref in refs])}"]
+    flags += [
+        f"--train_ref_file={write_lines(tmp_path / 'train.ref', [json.dumps(ref) for ref in refs])}"
+    ]
     flags += ["--validation_split_percentage=10"]
     rows = [tokenizer(line, truncation=True, max_length=LENGTH)["input_ids"] for line in lines]
     marks = [[int(i in ref) for i in range(len(row))] for row, ref in zip(rows, refs, strict=True)]
-    assert max(max(ref) for ref, row in zip(refs, rows, strict=True) if ref and len(row) == LENGTH) > LENGTH
+    assert (
+        max(max(ref) for ref, row in zip(refs, rows, strict=True) if ref and len(row) == LENGTH)
+        > LENGTH
+    )
     cut = len(lines) // 10
     for split, part in ((0, slice(cut, None)), (1, slice(0, cut))):
         sequences = read(roberta_dir, tokenizer, *flags, split=split, do=None)
@@ -283,8 +338,13 @@ def test_reference_files(tmp_path, roberta_dir, tokenizer, lines):
 def test_reference_words_are_masked_whole(tmp_path, roberta_dir, tokenizer):
     """Ten tokens a line, told to be words of 2, 3 and 5."""
     count = 512
-    flags = [f"--train_file={write_lines(tmp_path / 'train.txt', count * ['a' + 9 * ' a'])}", "--line_by_line"]
-    flags += [f"--train_ref_file={write_lines(tmp_path / 'refs', count * ['[2, 4, 5, 7, 8, 9, 10]'])}"]
+    flags = [
+        f"--train_file={write_lines(tmp_path / 'train.txt', count * ['a' + 9 * ' a'])}",
+        "--line_by_line",
+    ]
+    flags += [
+        f"--train_ref_file={write_lines(tmp_path / 'refs', count * ['[2, 4, 5, 7, 8, 9, 10]'])}"
+    ]
     sequences = read(roberta_dir, tokenizer, *flags, "--validation_split_percentage=0")
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, LENGTH, whole_words=True)
     batches = mlm.train_batches(sequences, collator, 0, range(8), (1, 8))
@@ -293,7 +353,9 @@ def test_reference_words_are_masked_whole(tmp_path, roberta_dir, tokenizer):
     words = [predicted[:, 1:3], predicted[:, 3:6], predicted[:, 6:11]]
     for word in words:
         assert (word.any(axis=1) == word.all(axis=1)).all()
-    assert abs(sum(word[:, 0].sum() for word in words) - 0.15 * 3 * count) < 5 * math.sqrt(3 * count * 0.15 * 0.85)
+    assert abs(sum(word[:, 0].sum() for word in words) - 0.15 * 3 * count) < 5 * math.sqrt(
+        3 * count * 0.15 * 0.85
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,7 +409,10 @@ def restore(batch) -> list[tuple]:
     """The rows of a batch before they were masked, without their padding; the lengths make this a check of labels."""
     tokens = np.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
     length = tokens.shape[-1]
-    tokens, lengths = tokens.reshape(-1, length), batch["attention_mask"].reshape(-1, length).sum(axis=1)
+    tokens, lengths = (
+        tokens.reshape(-1, length),
+        batch["attention_mask"].reshape(-1, length).sum(axis=1),
+    )
     return [tuple(row[:n].tolist()) for row, n in zip(tokens, lengths, strict=True)]
 
 
@@ -358,16 +423,22 @@ def same(a, b) -> bool:
 def test_an_epoch_is_a_permutation(tokenizer, numbered):
     sequences, rows = numbered
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, LENGTH)
-    batches = list(mlm.train_batches(sequences, collator, 7, range(12), (2, 3)))  # 48 rows a step, 3 steps an epoch
+    batches = list(
+        mlm.train_batches(sequences, collator, 7, range(12), (2, 3))
+    )  # 48 rows a step, 3 steps an epoch
     for batch in batches:
         assert batch["input_ids"].shape[:3] == (DEVICES, 2, 3)
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    epochs = [[row for batch in batches[i : i + 3] for row in restore(batch)] for i in range(0, 12, 3)]
+    epochs = [
+        [row for batch in batches[i : i + 3] for row in restore(batch)] for i in range(0, 12, 3)
+    ]
     for epoch in epochs:
         assert len(epoch) == len(set(epoch)) == 144
         assert set(epoch) <= set(rows)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert len({row for epoch in epochs for row in epoch}) == 150  # another 6 are left out each time
+    assert (
+        len({row for epoch in epochs for row in epoch}) == 150
+    )  # another 6 are left out each time
     positions = [rows.index(row) for row in epochs[0]]
     assert positions != sorted(positions)
 
@@ -398,7 +469,9 @@ def test_batches_are_a_function_of_seed_and_step(tokenizer, numbered):
 def test_layouts_share_their_rows_and_masks(monkeypatch, tokenizer, numbered):
     """64 rows a step on 8 devices, with accumulation, and on one: equal batches, differently folded."""
     sequences, _ = numbered
-    collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, LENGTH, 0.05)  # so few that no slot is missing
+    collator = mlm.FlaxDataCollatorForLanguageModeling(
+        tokenizer, LENGTH, 0.05
+    )  # so few that no slot is missing
     flat = lambda batch: {name: array.reshape(64, -1) for name, array in batch.items()}  # noqa: E731
     eight = [flat(batch) for batch in mlm.train_batches(sequences, collator, 0, range(4), (1, 8))]
     folded = [flat(batch) for batch in mlm.train_batches(sequences, collator, 0, range(4), (4, 2))]
@@ -419,13 +492,27 @@ def test_evaluation_takes_every_row_once(tokenizer, numbered, per_device):
     assert len(batches) == math.ceil(150 / DEVICES / per_device)
     restored = [row for batch in batches for row in restore(batch)]
     assert restored[:150] == rows
-    labels = [row.tolist() for batch in batches for row in batch["labels"].reshape(-1, batch["labels"].shape[-1])]
+    labels = [
+        row.tolist()
+        for batch in batches
+        for row in batch["labels"].reshape(-1, batch["labels"].shape[-1])
+    ]
     assert all(set(row) == {-100} for row in labels[150:])
-    assert all(same(a, b) for a, b in zip(batches, mlm.eval_batches(sequences, collator, 7, per_device), strict=True))
+    assert all(
+        same(a, b)
+        for a, b in zip(batches, mlm.eval_batches(sequences, collator, 7, per_device), strict=True)
+    )
     # Masked alike on any number of devices, which is on any batch size.
     single = mlm.eval_batches(sequences, collator, 7, 1)
-    single = [row.tolist() for batch in single for row in batch["labels"].reshape(-1, batch["labels"].shape[-1])]
-    trimmed = [[row[: len(tokens)] for row, tokens in zip(x[:150], rows, strict=True)] for x in (labels, single)]
+    single = [
+        row.tolist()
+        for batch in single
+        for row in batch["labels"].reshape(-1, batch["labels"].shape[-1])
+    ]
+    trimmed = [
+        [row[: len(tokens)] for row, tokens in zip(x[:150], rows, strict=True)]
+        for x in (labels, single)
+    ]
     assert trimmed[0] == trimmed[1]
     assert sum(label != -100 for row in trimmed[0] for label in row) > 150
 
@@ -443,7 +530,9 @@ def numbered_batches(count: int, log=None, fail_at=None):
 
 
 def test_prefetch_keeps_the_order():
-    assert [int(batch["x"][0, 0]) for batch in mlm.prefetch(numbered_batches(50))] == list(range(50))
+    assert [int(batch["x"][0, 0]) for batch in mlm.prefetch(numbered_batches(50))] == list(
+        range(50)
+    )
     assert list(mlm.prefetch(numbered_batches(0))) == []
 
 

@@ -32,7 +32,9 @@ def slow_steps(script):
 
     def slow_train_step(*args, **fixed):
         state, totals = train_step(*args, **fixed)
-        slow = jax.lax.fori_loop(0, 60, lambda _, x: jnp.sin(x @ x), jnp.full((300, 300), totals["loss"]))
+        slow = jax.lax.fori_loop(
+            0, 60, lambda _, x: jnp.sin(x @ x), jnp.full((300, 300), totals["loss"])
+        )
         return state, {**totals, "loss": totals["loss"] + 1e-9 * slow[0, 0]}
 
     def pmap(function, *args, **options):
@@ -69,7 +71,13 @@ def test_initial_weights_leave_the_device(script, tmp_path):
     script.model_type == "t5" and module.mend_clip()
     script.write_model(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    args = Namespace(dtype="float32", model_name_or_path=None, hub_options={}, gradient_checkpointing=False, seed=0)
+    args = Namespace(
+        dtype="float32",
+        model_name_or_path=None,
+        hub_options={},
+        gradient_checkpointing=False,
+        seed=0,
+    )
     model, params = module.load_model(args, config)
     flat = flatten_dict(params)
     assert {type(x) for x in flat.values()} == {np.ndarray}
@@ -77,7 +85,11 @@ def test_initial_weights_leave_the_device(script, tmp_path):
     for lacking in (None, missing):
         some = {path: x for path, x in flat.items() if path != lacking}
         model.save_pretrained(tmp_path, params=unflatten_dict(some))
-        found = flatten_dict(module.load_model(Namespace(**{**vars(args), "model_name_or_path": tmp_path}), config)[1])
+        found = flatten_dict(
+            module.load_model(Namespace(**{**vars(args), "model_name_or_path": tmp_path}), config)[
+                1
+            ]
+        )
         assert found.keys() == flat.keys()
         assert {type(x) for x in found.values()} == {np.ndarray}
 

@@ -32,7 +32,11 @@ def batch_of(script) -> dict:
     ids = rng.integers(5, 5 + NUM_WORDS, (1, 1, ROWS, LENGTH), dtype=np.int32)
     ids[rng.random(ids.shape) < 0.6] = FREQUENT
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
-    return batch | ({"decoder_input_ids": np.roll(ids, 1, axis=-1)} if script.model_type in ("t5", "bart") else {})
+    return batch | (
+        {"decoder_input_ids": np.roll(ids, 1, axis=-1)}
+        if script.model_type in ("t5", "bart")
+        else {}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +52,14 @@ def measured(script, tmp_path_factory):
     }[script.model_type]
     batch, found = batch_of(script), {}
     script.model_type == "t5" and module.mend_clip()
-    totals = {name: np.zeros(1, np.float32) for name in ("loss", "predicted", "tokens", "grad_norm")}
-    for case, dtype in {"float32": "float32", "bfloat16": "bfloat16", "without embed": "bfloat16"}.items():
+    totals = {
+        name: np.zeros(1, np.float32) for name in ("loss", "predicted", "tokens", "grad_norm")
+    }
+    for case, dtype in {
+        "float32": "float32",
+        "bfloat16": "bfloat16",
+        "without embed": "bfloat16",
+    }.items():
         args = Namespace(dtype=dtype, model_name_or_path=None, gradient_checkpointing=False, seed=0)
         model, params = module.load_model(args, AutoConfig.from_pretrained(directory))
         state = Gradients.create(apply_fn=None, params=params, tx=module.optax.identity())
@@ -57,9 +67,16 @@ def measured(script, tmp_path_factory):
         step = jax.vmap(partial(module.train_step, model=model, seed=0, **fixed), axis_name="batch")
         with pytest.MonkeyPatch.context() as patch:
             if case == "without embed":
-                patch.setattr(module, "embed", lambda next_function, args, kwargs, _: next_function(*args, **kwargs))
+                patch.setattr(
+                    module,
+                    "embed",
+                    lambda next_function, args, kwargs, _: next_function(*args, **kwargs),
+                )
             grads, sums = jax.device_get(jax.jit(step)(state, totals, batch))
-        found[case] = {path: x for path, x in flatten_dict(grads).items() if path[-1] == "embedding"}, sums
+        found[case] = (
+            {path: x for path, x in flatten_dict(grads).items() if path[-1] == "embedding"},
+            sums,
+        )
     return found
 
 
@@ -68,7 +85,9 @@ def test_gradients_of_tables_are_summed_in_float32(measured):
     exact, errors = measured["float32"][0], {}
     for case in ("bfloat16", "without embed"):
         grads = measured[case][0]
-        errors[case] = {path: np.linalg.norm(grads[path] - x) / np.linalg.norm(x) for path, x in exact.items()}
+        errors[case] = {
+            path: np.linalg.norm(grads[path] - x) / np.linalg.norm(x) for path, x in exact.items()
+        }
     assert max(errors["bfloat16"].values()) < 0.02
     assert max(errors["without embed"].values()) > 0.1
 

@@ -32,17 +32,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_mlm_flax as mlm
 
 FAMILIES = [
-    *((FlaxAutoModelForMaskedLM, family, settings) for family, settings in test_mlm_objective.FAMILIES.items()),
-    *((FlaxAutoModelForCausalLM, family, settings) for family, settings in test_clm_objective.FAMILIES.items()),
-    *((FlaxAutoModelForSeq2SeqLM, family, settings) for family, settings in test_t5_objective.FAMILIES.items()),
-    *((FlaxAutoModelForSeq2SeqLM, family, test_mlm_objective.SEQ2SEQ) for family in ("bart", "mbart")),
+    *(
+        (FlaxAutoModelForMaskedLM, family, settings)
+        for family, settings in test_mlm_objective.FAMILIES.items()
+    ),
+    *(
+        (FlaxAutoModelForCausalLM, family, settings)
+        for family, settings in test_clm_objective.FAMILIES.items()
+    ),
+    *(
+        (FlaxAutoModelForSeq2SeqLM, family, settings)
+        for family, settings in test_t5_objective.FAMILIES.items()
+    ),
+    *(
+        (FlaxAutoModelForSeq2SeqLM, family, test_mlm_objective.SEQ2SEQ)
+        for family in ("bart", "mbart")
+    ),
 ]
 
 
 def logits_of(model, params):
     input_ids = np.random.default_rng(1).integers(2, 90, (2, 16), dtype=np.int32)
     attention_mask = (np.arange(16) < [[16], [9]]).astype(np.int32)
-    return np.asarray(jax.jit(lambda params: model(input_ids, attention_mask, params=params).logits)(params))
+    return np.asarray(
+        jax.jit(lambda params: model(input_ids, attention_mask, params=params).logits)(params)
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +71,10 @@ def test_pytorch_layout_is_read_by_flax(tmp_path, monkeypatch, auto_class, famil
     model = auto_class.from_config(config, _do_init=False)
     rng = np.random.default_rng(0)
     shapes = flatten_dict(model.params_shape_tree)
-    flat = {k: (k[-1] == "scale") + 0.2 * rng.standard_normal(x.shape).astype(np.float32) for k, x in shapes.items()}
+    flat = {
+        k: (k[-1] == "scale") + 0.2 * rng.standard_normal(x.shape).astype(np.float32)
+        for k, x in shapes.items()
+    }
     params = unflatten_dict(flat)
 
     config.save_pretrained(tmp_path)
@@ -66,7 +83,9 @@ def test_pytorch_layout_is_read_by_flax(tmp_path, monkeypatch, auto_class, famil
     assert len(arrays) == len(flat)
     save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), model.params_shape_tree)
-    monkeypatch.setattr(type(model), "init_weights", lambda *args: zeros)  # takes no time, and none may be left
+    monkeypatch.setattr(
+        type(model), "init_weights", lambda *args: zeros
+    )  # takes no time, and none may be left
     loaded = auto_class.from_pretrained(tmp_path)
     loaded_flat = flatten_dict(loaded.params)
     assert loaded_flat.keys() == flat.keys()
@@ -98,7 +117,9 @@ def test_names_and_layout():
     }
     assert arrays["lm.dense.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert arrays["lm.embeddings.weight"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert all(x.flags.c_contiguous for x in arrays.values())  # safetensors writes memory as it lies
+    assert all(
+        x.flags.c_contiguous for x in arrays.values()
+    )  # safetensors writes memory as it lies
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +127,17 @@ def exported(tmp_path_factory, corpus, roberta_dir):
     """The output directory of a run of two steps."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     output_dir = tmp_path_factory.mktemp("exported") / "model"
-    argv = [f"--output_dir={output_dir}", f"--config_name={roberta_dir}", f"--tokenizer_name={roberta_dir}"]
-    argv += [f"--train_file={corpus / 'validation.txt'}", "--do_train", "--max_steps=2", "--max_seq_length=32"]
+    argv = [
+        f"--output_dir={output_dir}",
+        f"--config_name={roberta_dir}",
+        f"--tokenizer_name={roberta_dir}",
+    ]
+    argv += [
+        f"--train_file={corpus / 'validation.txt'}",
+        "--do_train",
+        "--max_steps=2",
+        "--max_seq_length=32",
+    ]
     argv += ["--per_device_train_batch_size=1", "--learning_rate=0.01"]
     try:
         assert mlm.cli(argv) == 0
@@ -132,7 +162,10 @@ def test_both_files_hold_the_trained_model(tmp_path, exported, roberta_dir):
     biases = [x for path, x in flatten_dict(params).items() if path[-1] == "bias"]
     assert sum(np.any(x) for x in biases) > len(biases) / 2  # trained: they start from zero
 
-    tokenizer, original = AutoTokenizer.from_pretrained(exported), AutoTokenizer.from_pretrained(roberta_dir)
+    tokenizer, original = (
+        AutoTokenizer.from_pretrained(exported),
+        AutoTokenizer.from_pretrained(roberta_dir),
+    )
     text = "The naïve tokenizer's <mask> is kept."
     assert tokenizer(text)["input_ids"] == original(text)["input_ids"]
 
@@ -146,7 +179,11 @@ def test_training_goes_on_from_either_file(tmp_path, exported, kept):
     for name in ("config.json", kept):
         (tmp_path / name).write_bytes((exported / name).read_bytes())
     args = mlm.parse_args(
-        [f"--output_dir={tmp_path / 'new'}", f"--model_name_or_path={tmp_path}", "--train_file=x.txt"]
+        [
+            f"--output_dir={tmp_path / 'new'}",
+            f"--model_name_or_path={tmp_path}",
+            "--train_file=x.txt",
+        ]
     )
     _, params = mlm.load_model(args, AutoConfig.from_pretrained(tmp_path))
     _, expected = FlaxAutoModelForMaskedLM.from_pretrained(exported, _do_init=False)

@@ -27,7 +27,10 @@ STEPS = 24
 FAMILIES = {  # by the name that Transformers has for a configuration; after a comma, which kind of the family
     "run_mlm_flax.py": test_mlm_objective.FAMILIES,
     "run_mlm_flax_stream.py": test_mlm_objective.FAMILIES,
-    "run_clm_flax.py": {**test_clm_objective.FAMILIES, "gpt-sw3": test_clm_objective.FAMILIES["gpt2"]},
+    "run_clm_flax.py": {
+        **test_clm_objective.FAMILIES,
+        "gpt-sw3": test_clm_objective.FAMILIES["gpt2"],
+    },
     "run_t5_mlm_flax.py": test_t5_objective.FAMILIES,
     "run_bart_dlm_flax.py": dict.fromkeys(("bart", "mbart"), test_mlm_objective.SEQ2SEQ),
 }
@@ -48,7 +51,11 @@ NOTES = {
 
 def configure(place: Place, family: str):
     """Writes the configuration of a tiny model, its dropout and kind of attention as the family has them."""
-    settings = {name: value for name, value in FAMILIES[place.script.name][family].items() if "drop" not in name}
+    settings = {
+        name: value
+        for name, value in FAMILIES[place.script.name][family].items()
+        if "drop" not in name
+    }
     settings.pop("attention_type", None)  # of BigBird: sparse, which is too much for a short text
     tiny_model(family.partition(",")[0], place.script.num_sentinels, **settings)(place.model)
 
@@ -59,30 +66,50 @@ def test_family(tmp_path, script, family):
     """It learns, nothing is said that is not the script's own, and both files evaluate as the run itself did."""
     place = Place(script, tmp_path)
     configure(place, family)
-    flags = {"model_type": family.partition(",")[0], "logging_steps": 1, "max_steps": STEPS, "learning_rate": 0.003}
+    flags = {
+        "model_type": family.partition(",")[0],
+        "logging_steps": 1,
+        "max_steps": STEPS,
+        "learning_rate": 0.003,
+    }
     run = place.run("trained", **flags)
     assert (run.returncode, run.lines) == (0, [])
     trained = place.directory / "trained"
     found = losses(trained)
     assert len(found) == STEPS
-    start, end = (sum(found[step] for step in steps) / 4 for steps in (range(1, 5), range(STEPS - 3, STEPS + 1)))
+    start, end = (
+        sum(found[step] for step in steps) / 4
+        for steps in (range(1, 5), range(STEPS - 3, STEPS + 1))
+    )
     assert end < start - 0.05, found
     expected = (trained / "eval_results.json").read_bytes()
     assert json.loads(expected)["eval_loss"] < start
 
-    for name in ("flax_model.msgpack", "model.safetensors"):  # most models on the Hub have the latter alone
+    for name in (
+        "flax_model.msgpack",
+        "model.safetensors",
+    ):  # most models on the Hub have the latter alone
         folder = place.directory / name.partition(".")[0]
         folder.mkdir()
         for path in trained.iterdir():
             if path.name == name or (path.suffix == ".json" and "results" not in path.name):
                 (folder / path.name).write_bytes(path.read_bytes())
-        read = {"model_name_or_path": folder, "model_type": None, "config_name": None, "tokenizer_name": None}
+        read = {
+            "model_name_or_path": folder,
+            "model_type": None,
+            "config_name": None,
+            "tokenizer_name": None,
+        }
         run = place.run(f"from_{folder.name}", **read, do_eval=True, train_file=None)
         assert (run.returncode, run.lines) == (0, [])
-        assert (place.directory / f"from_{folder.name}" / "eval_results.json").read_bytes() == expected
+        assert (
+            place.directory / f"from_{folder.name}" / "eval_results.json"
+        ).read_bytes() == expected
 
 
-@pytest.mark.parametrize(("script", "family"), [case for case in CASES if not case[0].is_stream], ids=str)
+@pytest.mark.parametrize(
+    ("script", "family"), [case for case in CASES if not case[0].is_stream], ids=str
+)
 def test_what_a_pytorch_file_lacks_is_named(tmp_path, caplog, script, family):
     """The rest is taken over. A weight of another shape is an error, and so is a file with nothing that fits."""
     from transformers import AutoConfig
@@ -93,21 +120,27 @@ def test_what_a_pytorch_file_lacks_is_named(tmp_path, caplog, script, family):
     config = AutoConfig.from_pretrained(place.model)
     _, params = trainer.load_model(trainer.parse_args(place.flags("none")), config)
     rng, flat = np.random.default_rng(0), flatten_dict(params)
-    whole = trainer.to_pytorch(trainer.unflatten_dict({k: rng.standard_normal(x.shape) for k, x in flat.items()}))
+    whole = trainer.to_pytorch(
+        trainer.unflatten_dict({k: rng.standard_normal(x.shape) for k, x in flat.items()})
+    )
 
     def load(changed: dict):
         file = {name: np.ascontiguousarray(x, np.float32) for name, x in changed.items()}
         save_file(file, place.model / "model.safetensors", metadata={"format": "pt"})
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger=trainer.__name__):
-            flags = place.flags("none", model_name_or_path=place.model, config_name=None, tokenizer_name=None)
+            flags = place.flags(
+                "none", model_name_or_path=place.model, config_name=None, tokenizer_name=None
+            )
             _, params = trainer.load_model(trainer.parse_args(flags), config)
         return {".".join(path): x for path, x in flatten_dict(params).items()}, caplog.text
 
     expected, said = load(whole)
     assert said == ""
     names = {".".join(path): torch_name for path, torch_name in zip(flat, whole, strict=True)}
-    head = [name for name in names if re.match(r"(lm_head|cls|generator|predictions|vocab|mlm)", name)]
+    head = [
+        name for name in names if re.match(r"(lm_head|cls|generator|predictions|vocab|mlm)", name)
+    ]
     lacking = sorted(head or list(names)[-2:])
     gone = {names[name] for name in lacking}
     found, said = load({name: x for name, x in whole.items() if name not in gone})
@@ -167,7 +200,10 @@ def table() -> str:
         column: {family.partition(",")[0] for name in scripts for family in FAMILIES[name]}
         for column, scripts in COLUMNS.items()
     }
-    lines = [f"| `--model_type` | {' | '.join(COLUMNS)} | |", "|---|" + ":---:|" * len(COLUMNS) + "---|"]
+    lines = [
+        f"| `--model_type` | {' | '.join(COLUMNS)} | |",
+        "|---|" + ":---:|" * len(COLUMNS) + "---|",
+    ]
     for family in sorted(set().union(*tested.values())):
         marks = ["✓" if family in families else "" for families in tested.values()]
         lines.append(f"| `{family}` | {' | '.join(marks)} | {NOTES.get(family, '')} |")
@@ -175,7 +211,9 @@ def table() -> str:
 
 
 def test_readme_has_the_table():
-    assert MARKED.search(README.read_text("utf-8"))[1].strip() == table(), "python tests/test_families.py writes it"
+    assert MARKED.search(README.read_text("utf-8"))[1].strip() == table(), (
+        "python tests/test_families.py writes it"
+    )
 
 
 def test_every_family_of_transformers_is_in_it():

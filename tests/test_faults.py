@@ -16,10 +16,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_scripts import TEMPLATE, Place, checkpoints, child_environment, snapshot, template_alone
+from training_scripts import (
+    TEMPLATE,
+    Place,
+    checkpoints,
+    child_environment,
+    snapshot,
+    template_alone,
+)
 
 STEPS, KEPT = 30, 5
-TRAINING = {"max_steps": STEPS, "save_steps": 3, "save_total_limit": KEPT, "logging_steps": 1, "eval_steps": 20}
+TRAINING = {
+    "max_steps": STEPS,
+    "save_steps": 3,
+    "save_total_limit": KEPT,
+    "logging_steps": 1,
+    "eval_steps": 20,
+}
 EXPORTED = ("config.json", "flax_model.msgpack", "model.safetensors", "tokenizer.json")
 
 
@@ -56,7 +69,9 @@ def logged_steps(output_dir: Path) -> list[int]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps = []
-    for path in sorted(output_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(
+        output_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns
+    ):
         events = EventAccumulator(str(path), size_guidance={"tensors": 0}).Reload()
         if "train_loss" in events.Tags()["tensors"]:
             steps += [event.step for event in events.Tensors("train_loss")]
@@ -80,7 +95,11 @@ def check_whole(output_dir: Path):
     if not output_dir.exists():
         return
     for path in output_dir.iterdir():
-        if path.name.startswith(".tmp") or path.suffix == ".tmp" or path.name.startswith("events.out.tfevents."):
+        if (
+            path.name.startswith(".tmp")
+            or path.suffix == ".tmp"
+            or path.name.startswith("events.out.tfevents.")
+        ):
             continue
         if path.suffix == ".json":
             assert json.loads(path.read_text()), path
@@ -89,7 +108,13 @@ def check_whole(output_dir: Path):
         elif path.suffix == ".msgpack":
             assert serialization.msgpack_restore(path.read_bytes())
         else:
-            assert path.name in ("checkpoints", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"), path
+            assert path.name in (
+                "checkpoints",
+                "vocab.txt",
+                "vocab.json",
+                "merges.txt",
+                "spiece.model",
+            ), path
     for path in (output_dir / "checkpoints").glob("*"):
         assert path.name.isdigit() or "tmp" in path.name, path
     if steps := checkpoints(output_dir):
@@ -149,7 +174,10 @@ def test_both_exports_are_the_last_checkpoint(undisturbed, expected, tmp_path):
         model = getattr(transformers, f"Flax{architecture}").from_pretrained(tmp_path / name)
         found = {path: np.asarray(value) for path, value in flatten_dict(model.params).items()}
         assert model.required_params == set(found)
-        found = {"".join(f"[{key!r}]" for key in ("params", *path)): value for path, value in found.items()}
+        found = {
+            "".join(f"[{key!r}]" for key in ("params", *path)): value
+            for path, value in found.items()
+        }
         assert differing(bits(found), trained) == []
 
 
@@ -204,7 +232,10 @@ def test_killed_again_and_again(place, undisturbed, expected, output_dir):
         check_whole(output_dir)
         assert checkpoints(output_dir)[-1:] >= before[-1:]
 
-        if moment in ("in the first checkpoint", "between checkpoint and export"):  # anywhere between two saves
+        if moment in (
+            "in the first checkpoint",
+            "between checkpoint and export",
+        ):  # anywhere between two saves
             before = checkpoints(output_dir)
             run = place.start(output_dir, **TRAINING)
             wait_for(lambda before=before: checkpoints(output_dir)[-1:] > before[-1:], run)
@@ -218,13 +249,19 @@ def test_killed_again_and_again(place, undisturbed, expected, output_dir):
     check_whole(output_dir)
     assert differing(outcome(output_dir), expected) == []
     assert checkpoints(output_dir) == checkpoints(undisturbed)
-    assert sorted(os.listdir(output_dir / "checkpoints")) == sorted(map(str, checkpoints(output_dir)))
-    names = [{p.name for p in d.iterdir() if "tfevents" not in p.name} for d in (output_dir, undisturbed)]
+    assert sorted(os.listdir(output_dir / "checkpoints")) == sorted(
+        map(str, checkpoints(output_dir))
+    )
+    names = [
+        {p.name for p in d.iterdir() if "tfevents" not in p.name} for d in (output_dir, undisturbed)
+    ]
     assert names[0] == names[1]
 
 
 @template_alone
-@pytest.mark.parametrize("result", ["flax_model.msgpack", "train_results.json", "eval_results.json"])
+@pytest.mark.parametrize(
+    "result", ["flax_model.msgpack", "train_results.json", "eval_results.json"]
+)
 def test_killed_after_the_last_checkpoint(place, expected, copied, result):
     """No step is left to train then, but what belongs to the last one is still to be written."""
     rewind(copied, STEPS - 3)
@@ -276,7 +313,9 @@ def test_stopped_by_sigterm_and_ctrl_c(place, expected, output_dir):
             assert after[-1] == logged_steps(output_dir)[-1]  # the very step
             assert not (output_dir / "eval_results.json").exists()
 
-    run = place.run(output_dir, **flags, kill_at=[r"^rename .*/train_results\.json$"], kill_with=signal.SIGTERM)
+    run = place.run(
+        output_dir, **flags, kill_at=[r"^rename .*/train_results\.json$"], kill_with=signal.SIGTERM
+    )
     assert ("last evaluation", run.returncode, run.lines) == ("last evaluation", 143, [])
     assert checkpoints(output_dir)[-1] == STEPS
 
@@ -291,7 +330,9 @@ def test_stopped_while_importing(place, output_dir):
     """SIGTERM, that is: until the imports are done, Ctrl-C shows Python's own traceback."""
     command = [sys.executable, str(place.script.path), *place.flags(output_dir, **TRAINING)]
     for seconds in (0.3, 1):
-        process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=child_environment(), stderr=subprocess.PIPE, text=True
+        )
         time.sleep(seconds)
         process.send_signal(signal.SIGTERM)
         stderr = process.communicate(timeout=60)[1]
@@ -345,7 +386,9 @@ def test_a_damaged_newest_checkpoint(place, expected, copied, how):
     damage(copied / "checkpoints" / str(STEPS), how)
     command = [sys.executable, str(place.script.path), *place.flags(copied, **TRAINING)]
     env = child_environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0")
-    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    process = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     noise = [line for line in process.stderr.splitlines() if " INFO " not in line]
     assert process.returncode == 0, process.stderr
     assert len(noise) == 1
@@ -374,7 +417,9 @@ def test_only_damaged_checkpoints(place, copied):
 
 @template_alone
 def test_a_finished_command_trains_no_step(place, expected, copied):
-    before = {name: (copied / name).read_bytes() for name in ("train_results.json", "all_results.json")}
+    before = {
+        name: (copied / name).read_bytes() for name in ("train_results.json", "all_results.json")
+    }
     run = place.run(copied, **TRAINING)
     assert (run.returncode, run.lines) == (0, [])
     assert logged_steps(copied) == list(range(1, STEPS + 1))
@@ -430,7 +475,10 @@ def test_another_run_s_checkpoint_given_again(place, undisturbed, expected, outp
     [
         ({"resume_from_checkpoint": "nowhere"}, "nowhere"),
         ({"resume_from_checkpoint": "start"}, "start"),  # a folder without checkpoints
-        ({"resume_from_checkpoint": f"undisturbed/checkpoints/{STEPS + 1}"}, f"checkpoints/{STEPS + 1}"),
+        (
+            {"resume_from_checkpoint": f"undisturbed/checkpoints/{STEPS + 1}"},
+            f"checkpoints/{STEPS + 1}",
+        ),
         ({"adafactor": True}, "optimizer"),
         ({"per_device_train_batch_size": 2}, "batch"),
         ({"gradient_accumulation_steps": 2}, "batch"),
@@ -462,11 +510,15 @@ def test_overwrite_output_dir(place, copied):
     assert os.listdir(copied / "checkpoints") == ["2"]
     assert (copied / "notes.txt").read_text() == "mine"
     assert logged_steps(copied)[-2:] == [1, 2]
-    run = place.run("fresh", **{**TRAINING, "max_steps": 2, "do_train": True})  # save_steps is larger than the run
+    run = place.run(
+        "fresh", **{**TRAINING, "max_steps": 2, "do_train": True}
+    )  # save_steps is larger than the run
     assert run.returncode == 0
     fresh = state_of(place.directory / "fresh" / "checkpoints" / "2")
     assert bits(state_of(copied / "checkpoints" / "2")) == bits(fresh)
-    weights = [(path / "model.safetensors").read_bytes() for path in (copied, place.directory / "fresh")]
+    weights = [
+        (path / "model.safetensors").read_bytes() for path in (copied, place.directory / "fresh")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -475,7 +527,12 @@ def test_overwrite_output_dir(place, copied):
 
 def test_a_loss_that_is_not_finite(place, output_dir):
     for logging_steps in (1, 7) if place.script is TEMPLATE else (1,):
-        flags = {**TRAINING, "logging_steps": logging_steps, "save_steps": 1, "overwrite_output_dir": True}
+        flags = {
+            **TRAINING,
+            "logging_steps": logging_steps,
+            "save_steps": 1,
+            "overwrite_output_dir": True,
+        }
         run = place.run(output_dir, **flags, learning_rate=1e30)
         assert run.returncode == 1
         (line,) = run.lines
@@ -550,11 +607,17 @@ def test_evaluation_alone_has_no_optimizer(place, undisturbed, expected):
     changes = {"do_eval": True, "model_name_or_path": undisturbed, "config_name": None}
     run = place.run("evaluated", **changes, change=without_optimizers)
     assert (run.returncode, run.lines) == (0, [])
-    assert (place.directory / "evaluated" / "eval_results.json").read_bytes() == expected["eval_results.json"]
+    assert (place.directory / "evaluated" / "eval_results.json").read_bytes() == expected[
+        "eval_results.json"
+    ]
 
 
 def test_steps_compile_once(place, undisturbed):
     compiled = (place.directory / "compiles").read_text().split("\n")
-    steps = [name for name in compiled if any(part in name for part in ("_fun", "train_step", "eval_step"))]
+    steps = [
+        name
+        for name in compiled
+        if any(part in name for part in ("_fun", "train_step", "eval_step"))
+    ]
     assert len(steps) == 2, compiled  # since jax 0.8 each function under pmap is called _fun
     assert len(compiled) < 20, compiled  # nothing compiles in the loop: it has 30 steps

@@ -14,9 +14,19 @@ import pytest
 from training_scripts import SCRIPTS, TEMPLATE, Place, checkpoints, template_alone
 
 STEPS, FEWER_STEPS = 30, 12
-TRAINING = {"max_steps": STEPS, "save_steps": 3, "save_total_limit": 20, "logging_steps": 1, "eval_steps": 20}
+TRAINING = {
+    "max_steps": STEPS,
+    "save_steps": 3,
+    "save_total_limit": 20,
+    "logging_steps": 1,
+    "eval_steps": 20,
+}
 ONE_DEVICE = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 5}
-EIGHT_DEVICES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 1}
+EIGHT_DEVICES = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 1,
+}
 
 
 def training(place: Place) -> dict:
@@ -34,7 +44,9 @@ def losses(output_dir: Path) -> dict[int, float]:
     for path in output_dir.glob("events.out.tfevents.*"):
         events = EventAccumulator(str(path), size_guidance={"tensors": 0}).Reload()
         if "train_loss" in events.Tags()["tensors"]:
-            values.update((e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors("train_loss"))
+            values.update(
+                (e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors("train_loss")
+            )
     return values
 
 
@@ -51,7 +63,12 @@ def start_cluster(place: Place, output_dir: str, first=(), **flags):
     cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     options = {**training(place), **EIGHT_DEVICES, "distributed": True, "devices": 4, **flags}
     return [
-        place.start(folder, **options, env={**cluster, "JAX_PROCESS_ID": str(i)}, **(dict(first) if i == 0 else {}))
+        place.start(
+            folder,
+            **options,
+            env={**cluster, "JAX_PROCESS_ID": str(i)},
+            **(dict(first) if i == 0 else {}),
+        )
         for i, folder in enumerate((output_dir, f"{output_dir}-of-the-second"))
     ]
 
@@ -93,14 +110,20 @@ def test_eight_devices_with_accumulation_are_as_one(place, one_device):
     check_same(place.directory / "eight_devices", one_device)
 
 
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if not script.is_stream], ids=str, indirect=True)
+@pytest.mark.parametrize(
+    "script", [script for script in SCRIPTS if not script.is_stream], ids=str, indirect=True
+)
 def test_two_processes_are_as_one(two_processes, one_device):
     check_same(two_processes, one_device)
 
 
 @template_alone
 def test_accumulation_is_as_a_larger_batch(place, one_device):
-    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 3}
+    batches = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "per_device_eval_batch_size": 3,
+    }
     run = place.run("accumulated", **TRAINING, **batches, devices=2)
     assert (run.returncode, run.lines) == (0, [])
     check_same(place.directory / "accumulated", one_device)
@@ -108,7 +131,11 @@ def test_accumulation_is_as_a_larger_batch(place, one_device):
 
 @template_alone
 def test_the_comparison_can_fail(place, one_device):
-    run = place.run("other", **{**TRAINING, **ONE_DEVICE, "max_steps": 3, "per_device_train_batch_size": 8}, devices=1)
+    run = place.run(
+        "other",
+        **{**TRAINING, **ONE_DEVICE, "max_steps": 3, "per_device_train_batch_size": 8},
+        devices=1,
+    )
     assert run.returncode == 0
     other, one = losses(place.directory / "other"), losses(one_device)
     assert any(abs(other[step] - one[step]) > 1e-3 for step in other)
@@ -142,7 +169,9 @@ def test_stopped_and_killed_processes_resume(place, two_processes):
     assert sorted(losses(output_dir)) == list(range(1, STEPS + 1))
     for name in ("flax_model.msgpack", "model.safetensors", "eval_results.json"):
         assert (output_dir / name).read_bytes() == (two_processes / name).read_bytes()
-    assert sorted(os.listdir(output_dir / "checkpoints")) == sorted(map(str, checkpoints(output_dir)))
+    assert sorted(os.listdir(output_dir / "checkpoints")) == sorted(
+        map(str, checkpoints(output_dir))
+    )
 
 
 @template_alone

@@ -16,7 +16,13 @@ from training_scripts import template_alone, write_text
 
 TOKEN = "hf_tokenThatMustNotLeak"
 STEPS = 9
-MODEL_FILES = {"config.json", "flax_model.msgpack", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+MODEL_FILES = {
+    "config.json",
+    "flax_model.msgpack",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 RESULT_FILES = {"train_results.json", "eval_results.json", "all_results.json", "README.md"}
 
 
@@ -39,19 +45,45 @@ def train(run_script, script, start, tmp_path):
     """Returns a function that trains for STEPS steps of 3 saves, and returns the finished process."""
 
     def train(url, *flags):
-        home = str(tmp_path / "home")  # of its own: no login from elsewhere, and searched for the token
-        env = {"HF_ENDPOINT": url, "HF_HOME": home, "HF_HUB_OFFLINE": None, "HF_DATASETS_CACHE": None, "NO_PROXY": "*"}
-        env.update(dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "XLA_FLAGS")))
-        command = [script.name, "--push_to_hub", f"--output_dir={tmp_path / 'my-model'}", f"--config_name={start}"]
+        home = str(
+            tmp_path / "home"
+        )  # of its own: no login from elsewhere, and searched for the token
+        env = {
+            "HF_ENDPOINT": url,
+            "HF_HOME": home,
+            "HF_HUB_OFFLINE": None,
+            "HF_DATASETS_CACHE": None,
+            "NO_PROXY": "*",
+        }
+        env.update(
+            dict.fromkeys(
+                ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "XLA_FLAGS")
+            )
+        )
+        command = [
+            script.name,
+            "--push_to_hub",
+            f"--output_dir={tmp_path / 'my-model'}",
+            f"--config_name={start}",
+        ]
         train_file = write_text(tmp_path / "train.txt", 400, seed=1)
-        command += [f"--tokenizer_name={start}", f"--train_file={train_file}", f"--{script.length_flag}=32"]
+        command += [
+            f"--tokenizer_name={start}",
+            f"--train_file={train_file}",
+            f"--{script.length_flag}=32",
+        ]
         command += [
             "--per_device_train_batch_size=4",
             "--max_train_samples=64",
             "--max_eval_samples=16",
             *script.flags,
         ]
-        command += [f"--max_steps={STEPS}", f"--save_steps={STEPS // 3}", "--logging_steps=1", *flags]
+        command += [
+            f"--max_steps={STEPS}",
+            f"--save_steps={STEPS // 3}",
+            "--logging_steps=1",
+            *flags,
+        ]
         process = run_script(command, env, timeout=300)
         assert "Traceback" not in process.stderr + process.stdout, process.stderr
         check_no_token(tmp_path, TOKEN, process.stdout, process.stderr)
@@ -61,7 +93,11 @@ def train(run_script, script, start, tmp_path):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def check_no_token(folder, token, *texts):
@@ -75,9 +111,13 @@ def check_no_token(folder, token, *texts):
 
 def check_requests(hub):
     """The token travels in the header that it belongs to, and nowhere else; checkpoints do not travel."""
-    assert any(request.headers.get("authorization") == f"Bearer {TOKEN}" for request in hub.requests)
+    assert any(
+        request.headers.get("authorization") == f"Bearer {TOKEN}" for request in hub.requests
+    )
     for request in hub.requests:
-        headers = "".join(value for name, value in request.headers.items() if name != "authorization")
+        headers = "".join(
+            value for name, value in request.headers.items() if name != "authorization"
+        )
         assert TOKEN not in request.path + headers
         assert TOKEN.encode() not in request.body
     for commit in hub.commits:
@@ -90,7 +130,9 @@ def check_whole(files):
     assert set(files) >= MODEL_FILES
     params = serialization.msgpack_restore(files["flax_model.msgpack"])
     tensors = safetensors.load(files["model.safetensors"])
-    tables = {path: table for path, table in flatten_dict(params).items() if path[-1] == "embedding"}
+    tables = {
+        path: table for path, table in flatten_dict(params).items() if path[-1] == "embedding"
+    }
     path, table = max(tables.items(), key=lambda item: item[1].size)
     assert (table == tensors[".".join((*path[:-1], "weight"))]).all()
     return table
@@ -124,7 +166,9 @@ def logged_times(output_dir):
 
 def test_uploads_in_the_background_and_all_of_it_in_the_end(hub, train, tmp_path):
     """While the first upload waits, training goes on and saves again: still the Hub gets the weights of one step."""
-    hub.delay_next(1, 5, where="lfs")  # the client has hashed the files, and not yet read what it will send
+    hub.delay_next(
+        1, 5, where="lfs"
+    )  # the client has hashed the files, and not yet read what it will send
     process = train(hub.url, f"--hub_token={TOKEN}")
     assert process.returncode == 0, process.stderr
     assert warnings(process) == [line for line in warnings(process) if "is not uploaded" in line]
@@ -135,7 +179,9 @@ def test_uploads_in_the_background_and_all_of_it_in_the_end(hub, train, tmp_path
     assert len(hub.commits) >= 2
     weights = [check_whole(commit.files) for commit in hub.commits]
     assert (weights[0] != weights[-1]).any()
-    (asked, *_) = [request.time for request in hub.requests if request.path.endswith("/objects/batch")]
+    (asked, *_) = [
+        request.time for request in hub.requests if request.path.endswith("/objects/batch")
+    ]
     times = logged_times(tmp_path / "my-model")
     assert sorted(times) == list(range(1, STEPS + 1))
     assert times[2 * STEPS // 3 + 1] < asked + 5  # the step after the second save
@@ -146,7 +192,12 @@ def test_a_failed_upload_is_a_warning_that_the_next_one_repairs(hub, train, star
     """Also: --token alone reads a private repository and writes to that of --hub_model_id."""
     hub.add_repo("user/base", contents(start), private=True)
     hub.fail_next(1, where="commit", status=500)
-    flags = ["--config_name=user/base", "--tokenizer_name=user/base", "--hub_model_id=org/renamed", f"--token={TOKEN}"]
+    flags = [
+        "--config_name=user/base",
+        "--tokenizer_name=user/base",
+        "--hub_model_id=org/renamed",
+        f"--token={TOKEN}",
+    ]
     process = train(hub.url, *flags)
     assert process.returncode == 0, process.stderr
     assert [line for line in warnings(process) if "500" in line], process.stderr
@@ -164,7 +215,9 @@ def test_a_failed_last_upload_is_an_error_that_keeps_the_files(hub, train, scrip
     *others, last = process.stderr.splitlines()
     assert last.startswith(f"{script}: error: --push_to_hub: ")
     assert warnings(process)
-    assert [line for line in others if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)] == []  # one line each
+    assert [
+        line for line in others if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)
+    ] == []  # one line each
     check_requests(hub)
     local = contents(tmp_path / "my-model")
     check_whole(local)

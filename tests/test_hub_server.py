@@ -51,18 +51,28 @@ def folder(tmp_path):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def client(hub, folder, code, token=TOKEN):
     """Runs code after PRELUDE against the server; returns what it shows, one value for each `show`."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env.update(HF_ENDPOINT=hub.url, HF_HOME=str(folder.parent / "home"), FOLDER=str(folder), NO_PROXY="*")
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
+    }
+    env.update(
+        HF_ENDPOINT=hub.url, HF_HOME=str(folder.parent / "home"), FOLDER=str(folder), NO_PROXY="*"
+    )
     if token:
         env["TOKEN"] = token
     code = PRELUDE + textwrap.dedent(code)
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -84,7 +94,9 @@ def test_create_upload_list_and_download(hub, folder):
         show(snapshot_download("user/model", token=api.token))
         """,
     )
-    local = {name: data for name, data in contents(folder).items() if not name.startswith("checkpoints")}
+    local = {
+        name: data for name, data in contents(folder).items() if not name.startswith("checkpoints")
+    }
     user, name, again, oid, sha, listed, exist, config, weights, snapshot = shown
     assert (user, name, again) == ("user", "user/model", "user/model")
     assert oid == sha == hub.commits[0].oid
@@ -103,11 +115,15 @@ def test_large_files_travel_by_git_lfs(hub, folder):
     client(hub, folder, "api.create_repo('model'); upload()")
     log = hub.request_log()
     assert log.count("POST /user/model.git/info/lfs/objects/batch") == 1
-    assert sum(line.startswith("PUT /storage/user/model/") for line in log) == 3  # two weight files and the events
+    assert (
+        sum(line.startswith("PUT /storage/user/model/") for line in log) == 3
+    )  # two weight files and the events
     assert log.count("POST /user/model.git/info/lfs/verify") == 3
     assert all("xet" not in line for line in log)
     commit = next(request.body for request in hub.requests if "/commit/" in request.path)
-    kinds = {line["value"]["path"]: line["key"] for line in map(json.loads, commit.splitlines()[1:])}
+    kinds = {
+        line["value"]["path"]: line["key"] for line in map(json.loads, commit.splitlines()[1:])
+    }
     lfs_files = {name for name, kind in kinds.items() if kind == "lfsFile"}
     assert lfs_files == {"flax_model.msgpack", "model.safetensors", "events.out.tfevents.1"}
 
@@ -128,7 +144,11 @@ def test_a_second_commit_holds_what_changed(hub, folder):
         """,
     )
     assert [commit.message for commit in hub.commits] == ["One", "Two"]
-    changed = {path for path in hub.commits[1].paths if hub.commits[0].files[path] != hub.commits[1].files.get(path)}
+    changed = {
+        path
+        for path in hub.commits[1].paths
+        if hub.commits[0].files[path] != hub.commits[1].files.get(path)
+    }
     assert changed == {"config.json", "model.safetensors", "empty.txt"}
     assert "empty.txt" not in hub.repos["user/model"]
     uploads = [line for line in hub.request_log() if line.startswith("PUT")]
@@ -137,7 +157,10 @@ def test_a_second_commit_holds_what_changed(hub, folder):
 
 def test_requests_carry_the_token_in_one_header_alone(hub, folder):
     client(hub, folder, "api.create_repo('model'); upload(); api.list_repo_files('user/model')")
-    assert sum(request.headers.get("authorization") == f"Bearer {TOKEN}" for request in hub.requests) > 5
+    assert (
+        sum(request.headers.get("authorization") == f"Bearer {TOKEN}" for request in hub.requests)
+        > 5
+    )
     for request in hub.requests:
         others = {name: value for name, value in request.headers.items() if name != "authorization"}
         assert TOKEN not in request.path + json.dumps(others)
@@ -148,7 +171,10 @@ def test_requests_carry_the_token_in_one_header_alone(hub, folder):
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [("hf_wrong", "Invalid credentials in Authorization header"), (None, "Invalid username or password.")],
+    [
+        ("hf_wrong", "Invalid credentials in Authorization header"),
+        (None, "Invalid username or password."),
+    ],
 )
 def test_a_wrong_or_missing_token_is_refused(hub, folder, token, message):
     hub.add_repo("user/model", {})
@@ -321,7 +347,11 @@ def test_commits_can_be_slow_and_watched(hub, folder):
     hub.delay_next(1, 0.5)
     seen = []
     hub.on_commit = lambda commit: seen.append((commit.message, time.time()))
-    client(hub, folder, "api.create_repo('model'); upload('One'); open(folder + '/new', 'w').close(); upload('Two')")
+    client(
+        hub,
+        folder,
+        "api.create_repo('model'); upload('One'); open(folder + '/new', 'w').close(); upload('Two')",
+    )
     assert [message for message, _ in seen] == ["One", "Two"]
     asked = [request.time for request in hub.requests if "/commit/" in request.path]
     assert 0.5 <= seen[0][1] - asked[0] < seen[1][1] - asked[0]

@@ -48,17 +48,30 @@ def entropy(tokens: np.ndarray) -> float:
 
 def eval_tokens(tokenizer, file, block: int) -> np.ndarray:
     """The tokens of the first evaluation blocks, all texts end to end."""
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.strip()]
+    lines = [
+        line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.strip()
+    ]
     ids = [i for text in tokenizer(lines, verbose=False)["input_ids"] for i in text]
     return np.array(ids[: FLAGS["max_eval_samples"] * block])
 
 
 def train(run_script, script: str, directory, files, **flags) -> float:
     """The evaluation's loss after training on one device."""
-    places = {"output_dir": directory, "config_name": directory, "train_file": files[0], "validation_file": files[1]}
+    places = {
+        "output_dir": directory,
+        "config_name": directory,
+        "train_file": files[0],
+        "validation_file": files[1],
+    }
     flags = {**FLAGS, **places, **flags}
     done = run_script(
-        [script, *(f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items())],
+        [
+            script,
+            *(
+                f"--{name}" if value is True else f"--{name}={value}"
+                for name, value in flags.items()
+            ),
+        ],
         env={"XLA_FLAGS": None, "JAX_DISABLE_MOST_OPTIMIZATIONS": None},  # fast, on one device
     )
     assert done.returncode == 0, done.stderr
@@ -81,17 +94,34 @@ def test_span_masked(run_script, tmp_path, files):
     from transformers import AutoTokenizer, T5Config
 
     status = t5_tokenizer_model.main(
-        ["--train_file", str(files[0]), "--vocab_size=4000", f"--output_dir={tmp_path}", f"--max_length={LENGTH}"]
+        [
+            "--train_file",
+            str(files[0]),
+            "--vocab_size=4000",
+            f"--output_dir={tmp_path}",
+            f"--max_length={LENGTH}",
+        ]
     )
     assert status == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    sizes = {
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 512,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+    }
     settings = {"mlm_probability": 0.5, "adafactor": True, "learning_rate": 3e-2}
     T5Config(vocab_size=len(tokenizer), **sizes).save_pretrained(tmp_path)
-    loss = train(run_script, "run_t5_mlm_flax.py", tmp_path, files, tokenizer_name=tmp_path, **settings)
+    loss = train(
+        run_script, "run_t5_mlm_flax.py", tmp_path, files, tokenizer_name=tmp_path, **settings
+    )
     num_noise, num_spans = 48, 16  # of the 95 tokens that make 64: half of them, 3 on average
     tokens = eval_tokens(tokenizer, files[1], 95)
-    spans = math.log(math.comb(num_noise - 1, num_spans - 1))  # all ways to cut the noise into spans alike
+    spans = math.log(
+        math.comb(num_noise - 1, num_spans - 1)
+    )  # all ways to cut the noise into spans alike
     assert loss < (num_noise * entropy(tokens) + spans) / (num_noise + num_spans + 1) - 0.1
 
 
@@ -102,6 +132,8 @@ def test_denoising(run_script, tmp_path, files, byte_level):
     sizes = {"d_model": 128, "max_position_embeddings": LENGTH}
     for side in ("encoder", "decoder"):
         sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 512}
-    BartConfig(vocab_size=len(tokenizer), **sizes, dropout=0.0, init_std=0.08).save_pretrained(tmp_path)
+    BartConfig(vocab_size=len(tokenizer), **sizes, dropout=0.0, init_std=0.08).save_pretrained(
+        tmp_path
+    )
     loss = train(run_script, "run_bart_dlm_flax.py", tmp_path, files, tokenizer_name=directory)
     assert loss < entropy(eval_tokens(tokenizer, files[1], LENGTH)) - 0.3

@@ -35,10 +35,14 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 
 def make_tokenizer(vocab_size: int = VOCAB_SIZE):
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), vocab_size))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict(zip(names, SPECIAL, strict=True)))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **dict(zip(names, SPECIAL, strict=True))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,10 @@ def make_rows(rows: int, length: int, seed: int = 0, low: int = len(SPECIAL)):
 
 def mask_rows(collator, input_ids, rng, group_size, continues_word=None):
     """What the model is shown, and the labels; `input_ids` stays as it is."""
-    examples = {"input_ids": input_ids.copy(), "attention_mask": (input_ids != PAD).astype(np.int32)}
+    examples = {
+        "input_ids": input_ids.copy(),
+        "attention_mask": (input_ids != PAD).astype(np.int32),
+    }
     if continues_word is not None:
         examples["continues_word"] = continues_word.copy()
     batch = collator(examples, rng, group_size)
@@ -77,7 +84,11 @@ def mask_rows(collator, input_ids, rng, group_size, continues_word=None):
 
 def assert_binomial(count: int, trials: int, probability: float):
     deviation = math.sqrt(trials * probability * (1 - probability))
-    assert abs(count - trials * probability) < 5 * deviation, (count, trials * probability, deviation)
+    assert abs(count - trials * probability) < 5 * deviation, (
+        count,
+        trials * probability,
+        deviation,
+    )
 
 
 def assert_uniform(counts: np.ndarray):
@@ -112,7 +123,9 @@ def test_masking_statistics(tokenizer, probability):
     # A random token is the mask token, or the token itself, once in VOCAB_SIZE times each.
     chance = 0.1 / VOCAB_SIZE
     assert_binomial(int((shown[predicted] == MASK).sum()), num_predicted, 0.8 + chance)
-    assert_binomial(int((shown[predicted] == input_ids[predicted]).sum()), num_predicted, 0.1 + chance)
+    assert_binomial(
+        int((shown[predicted] == input_ids[predicted]).sum()), num_predicted, 0.1 + chance
+    )
 
     # Neighbours, in the row and in the column, are drawn independently of each other. Of N pairs that overlap in one
     # token each, both are predicted with variance N p^2 (1 - p^2) + 2 N (p^3 - p^4).
@@ -124,7 +137,9 @@ def test_masking_statistics(tokenizer, probability):
     # What a predicted token becomes does not depend on its neighbour's fate either, nor on its place in the row.
     masked = predicted & (shown == MASK)
     pairs = predicted[:, 1:] & predicted[:, :-1]
-    assert_binomial(int((masked[:, 1:] & masked[:, :-1]).sum()), int(pairs.sum()), (0.8 + chance) ** 2)
+    assert_binomial(
+        int((masked[:, 1:] & masked[:, :-1]).sum()), int(pairs.sum()), (0.8 + chance) ** 2
+    )
     half = length // 3
     assert_binomial(int(predicted[:, :half].sum()), int(ordinary[:, :half].sum()), probability)
 
@@ -156,7 +171,9 @@ def test_no_special_token_is_predicted(tokenizer):
 def test_masks_are_a_function_of_the_generator(tokenizer):
     input_ids = make_rows(32, 128)
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, 128)
-    first, second, other = (mask_rows(collator, input_ids, generator(seed), 8) for seed in (3, 3, 4))
+    first, second, other = (
+        mask_rows(collator, input_ids, generator(seed), 8) for seed in (3, 3, 4)
+    )
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
     assert (first[1] != other[1]).any()
 
@@ -166,14 +183,20 @@ def test_masks_do_not_depend_on_the_layout(tokenizer, whole_words):
     """Row r starts at draw r * max_length, whatever the padded length and the process: hosts mask their rows alone."""
     rows, length, max_length = 48, 96, 128
     input_ids = make_rows(rows, length)
-    words = (np.random.default_rng(5).random((rows, length)) < 0.4).astype(np.int8) if whole_words else None
+    words = (
+        (np.random.default_rng(5).random((rows, length)) < 0.4).astype(np.int8)
+        if whole_words
+        else None
+    )
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, max_length, 0.15, whole_words)
     shown, labels = mask_rows(collator, input_ids, generator(6), 8, words)
     assert (labels != -100).any(axis=1).all()  # differing rows would be seen
     for start in range(0, rows, 16):
         part = slice(start, start + 16)
         rng = generator(6, start * max_length)
-        shown_part, labels_part = mask_rows(collator, input_ids[part], rng, 8, words[part] if whole_words else None)
+        shown_part, labels_part = mask_rows(
+            collator, input_ids[part], rng, 8, words[part] if whole_words else None
+        )
         assert (shown_part == shown[part]).all()
         assert (labels_part == labels[part]).all()
     padding = np.full((rows, max_length - length), PAD, np.int32)
@@ -193,7 +216,9 @@ def words_of_row(input_ids, continues_word) -> list[list[int]]:
         if position == 0 or not continues_word[position]:
             words.append([])
         words[-1].append(position)
-    words = [[position for position in word if input_ids[position] >= len(SPECIAL)] for word in words]
+    words = [
+        [position for position in word if input_ids[position] >= len(SPECIAL)] for word in words
+    ]
     return [word for word in words if word]
 
 
@@ -218,7 +243,9 @@ def test_whole_words(tokenizer):
     predicted = labels != -100
     assert (labels[predicted] == input_ids[predicted]).all()
     assert (shown[~predicted] == input_ids[~predicted]).all()
-    assert_binomial(int((shown[predicted] == MASK).sum()), int(predicted.sum()), 0.8 + 0.1 / VOCAB_SIZE)
+    assert_binomial(
+        int((shown[predicted] == MASK).sum()), int(predicted.sum()), 0.8 + 0.1 / VOCAB_SIZE
+    )
     pairs = predicted[:, 1:] & predicted[:, :-1] & (continues_word[:, 1:] == 1)
     masked = predicted & (shown == MASK)
     both_masked = int((pairs & masked[:, 1:] & masked[:, :-1]).sum())
@@ -241,7 +268,9 @@ def test_a_surplus_is_left_unmasked(tokenizer, whole_words):
     if whole_words:
         words = (np.random.default_rng(11).random((rows, length)) < 0.4).astype(np.int8)
     arguments = (tokenizer, length, 0.15, whole_words)
-    plenty = mask_rows(FewSlots(*arguments, slots=10**6), input_ids, generator(12), group_size, words)
+    plenty = mask_rows(
+        FewSlots(*arguments, slots=10**6), input_ids, generator(12), group_size, words
+    )
     few = mask_rows(FewSlots(*arguments, slots=32), input_ids, generator(12), group_size, words)
     surplus_seen = fitting_seen = 0
     for start in range(0, rows, group_size):
@@ -260,7 +289,9 @@ def test_a_surplus_is_left_unmasked(tokenizer, whole_words):
                     dropped.append(len(word))
         if wanted.sum() > 32:
             surplus_seen += 1
-            assert got.sum() + max(dropped) > 32  # the slots are used up to the first word that does not fit
+            assert (
+                got.sum() + max(dropped) > 32
+            )  # the slots are used up to the first word that does not fit
     assert surplus_seen > 3
     assert fitting_seen > 3
     predicted = few[1] != -100
@@ -330,7 +361,9 @@ FAMILIES = {
 
 def make_model(family: str, **settings):
     """A tiny model, and parameters that all matter: initialized ones have biases of zero and scales of one."""
-    config = CONFIG_MAPPING[family](**{"vocab_size": HEAD_VOCAB, "pad_token_id": 1, **FAMILIES[family], **settings})
+    config = CONFIG_MAPPING[family](
+        **{"vocab_size": HEAD_VOCAB, "pad_token_id": 1, **FAMILIES[family], **settings}
+    )
     model = FlaxAutoModelForMaskedLM.from_config(config, _do_init=False)
     rng = np.random.default_rng(0)
     params = {
@@ -344,7 +377,9 @@ def full_loss(params, batch, model):
     """The loss as the papers have it: every position through the head, then the labels that are not -100 in a sum."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if "token_type_ids" in inspect.signature(type(model).__call__).parameters:
-        inputs["token_type_ids"] = jnp.zeros_like(inputs["input_ids"])  # a single segment is number 0
+        inputs["token_type_ids"] = jnp.zeros_like(
+            inputs["input_ids"]
+        )  # a single segment is number 0
     logits = model(**inputs, params=params, train=False).logits
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     predicted = batch["labels"] != -100
@@ -371,7 +406,13 @@ def head_batches():
         where = rng.permutation(np.flatnonzero(attention_mask))[:count]
         labels.reshape(-1)[where] = rng.integers(0, HEAD_VOCAB, count)
         labels.reshape(-1)[where[::2]] = 0
-        yield name, {k: jnp.asarray(v) for k, v in zip(NAMES, (input_ids, attention_mask, labels), strict=True)}
+        yield (
+            name,
+            {
+                k: jnp.asarray(v)
+                for k, v in zip(NAMES, (input_ids, attention_mask, labels), strict=True)
+            },
+        )
 
 
 def sizes_of_logits(jaxpr) -> set[int]:
@@ -404,7 +445,9 @@ def test_loss_and_gradients_equal_the_full_computation(family):
     key = jax.random.key(0, impl="rbg")  # dropout is zero: the key is used and changes nothing
     fast = jax.value_and_grad(masked_loss, has_aux=True)
     full = jax.value_and_grad(full_loss, has_aux=True)
-    both = jax.jit(lambda params, batch: (fast(params, batch, model, key), full(params, batch, model)))
+    both = jax.jit(
+        lambda params, batch: (fast(params, batch, model, key), full(params, batch, model))
+    )
     for name, batch in head_batches():
         ((loss, sums), grads), ((expected, predicted), expected_grads) = both(params, batch)
         assert loss == pytest.approx(float(expected), rel=1e-5, abs=0), name
@@ -414,7 +457,9 @@ def test_loss_and_gradients_equal_the_full_computation(family):
         largest = max(float(jnp.abs(x).max()) for x in expected_grads.values())
         assert (largest > 0.01) == (predicted > 0)
         for path, value in expected_grads.items():
-            np.testing.assert_allclose(grads[path], value, rtol=1e-5, atol=1e-6 * largest, err_msg=f"{name} {path}")
+            np.testing.assert_allclose(
+                grads[path], value, rtol=1e-5, atol=1e-6 * largest, err_msg=f"{name} {path}"
+            )
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -425,14 +470,20 @@ def test_the_head_runs_on_the_slots_only(family):
 
     full = jax.make_jaxpr(full_loss, static_argnums=2)(params, batch, model)
     assert sizes_of_logits(full.jaxpr) == {BATCH * LENGTH}
-    assert sizes_of_logits(jax.make_jaxpr(masked_loss, static_argnums=2)(params, batch, model).jaxpr) == {NUM_SLOTS}
+    assert sizes_of_logits(
+        jax.make_jaxpr(masked_loss, static_argnums=2)(params, batch, model).jaxpr
+    ) == {NUM_SLOTS}
 
 
 def test_big_bird_trains_with_its_sparse_attention():
     """Which is its default, and draws random blocks of keys from a generator of its own."""
-    model, params = make_model("big_bird", attention_type="block_sparse", max_position_embeddings=256)
+    model, params = make_model(
+        "big_bird", attention_type="block_sparse", max_position_embeddings=256
+    )
     batch = {name: jnp.ones((1, 256), jnp.int32) for name in NAMES}
-    jax.eval_shape(lambda params: masked_loss(params, batch, model, jax.random.key(0, impl="rbg")), params)
+    jax.eval_shape(
+        lambda params: masked_loss(params, batch, model, jax.random.key(0, impl="rbg")), params
+    )
 
 
 class ModelOfLogits:
@@ -450,10 +501,14 @@ class ModelOfLogits:
 def test_evaluation_sums():
     """Accuracy counts what is predicted, token 0 included, and nothing else."""
     for seed, (name, batch) in enumerate(head_batches()):
-        logits = np.random.default_rng(seed).standard_normal((BATCH, LENGTH, HEAD_VOCAB), np.float32)
+        logits = np.random.default_rng(seed).standard_normal(
+            (BATCH, LENGTH, HEAD_VOCAB), np.float32
+        )
         best = logits.argmax(-1)
         labels = np.array(batch["labels"])
-        half = (labels != -100) & (np.arange(LENGTH) % 2 == 0)  # of the labels are what the model says
+        half = (labels != -100) & (
+            np.arange(LENGTH) % 2 == 0
+        )  # of the labels are what the model says
         labels[half] = best[half]
         batch["labels"] = jnp.asarray(labels)
         loss, right, predicted = 0.0, 0, 0
@@ -462,7 +517,9 @@ def test_evaluation_sums():
             loss += np.log(np.exp(row_logits).sum()) - row_logits[label]
             right += best[row, position] == label
             predicted += 1
-        value, sums = mlm.loss_sums({}, batch, ModelOfLogits(jnp.asarray(logits)), lambda num_tokens: NUM_SLOTS)
+        value, sums = mlm.loss_sums(
+            {}, batch, ModelOfLogits(jnp.asarray(logits)), lambda num_tokens: NUM_SLOTS
+        )
         assert set(sums) == {"loss", "predicted", "accuracy"}
         assert value == sums["loss"] == pytest.approx(loss, rel=1e-5), name
         assert (sums["accuracy"], sums["predicted"]) == (right, predicted)
@@ -473,9 +530,14 @@ def test_evaluation_sums():
 def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
     """Against float64 on the very logits that the model gives: half precision would be off by a hundredth."""
     _, batch = next(head_batches())
-    logits = jnp.asarray(8 * np.random.default_rng(0).standard_normal((BATCH, LENGTH, HEAD_VOCAB)), dtype)
+    logits = jnp.asarray(
+        8 * np.random.default_rng(0).standard_normal((BATCH, LENGTH, HEAD_VOCAB)), dtype
+    )
     exact, labels = np.asarray(logits, np.float64), np.asarray(batch["labels"])
-    losses = np.log(np.exp(exact).sum(-1)) - np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    losses = (
+        np.log(np.exp(exact).sum(-1))
+        - np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    )
     loss, sums = mlm.loss_sums({}, batch, ModelOfLogits(logits), lambda num_tokens: NUM_SLOTS)
     assert all(value.dtype == jnp.float32 for value in (loss, *sums.values()))
     assert loss == pytest.approx(losses[labels != -100].sum(), rel=1e-6)

@@ -50,7 +50,9 @@ def random_params(model, seed: int = 0):
     shapes = flatten_dict(model.params_shape_tree)
     return unflatten_dict(
         {
-            path: jnp.asarray(np.float32(path[-1] == "scale") + 0.1 * rng.standard_normal(x.shape, np.float32))
+            path: jnp.asarray(
+                np.float32(path[-1] == "scale") + 0.1 * rng.standard_normal(x.shape, np.float32)
+            )
             for path, x in shapes.items()
         }
     )
@@ -69,13 +71,17 @@ def learning_rate(kind: str, step: int, peak: float, warmup: int, total: int) ->
         timescale = warmup or 10_000
         return peak / math.sqrt((step - warmup + timescale) / timescale)
     progress = (step - warmup) / max(1, total - warmup)
-    return peak * max(0.0, 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * max(
+        0.0, 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    )
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 50), (10, 50), (1, 2), (49, 50), (60, 50)])
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "inverse_sqrt"])
 def test_schedule(kind, warmup, total):
-    _, schedule = make_optimizer(total, learning_rate=3e-4, lr_scheduler_type=kind, warmup_steps=warmup)
+    _, schedule = make_optimizer(
+        total, learning_rate=3e-4, lr_scheduler_type=kind, warmup_steps=warmup
+    )
     for step in range(total + 1):
         expected = learning_rate(kind, step, 3e-4, warmup, total)
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-5, abs=1e-10), step
@@ -92,7 +98,12 @@ def test_what_decays(config_class, adafactor):
     """Gradients of zero move nothing but what decays: by learning rate times weight decay, at every step."""
     model = FlaxAutoModelForMaskedLM.from_config(config_class(**TINY, **TINY_BART), _do_init=False)
     params = random_params(model)
-    settings = {"learning_rate": 0.5, "lr_scheduler_type": "linear", "weight_decay": 0.1, "adafactor": adafactor}
+    settings = {
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.1,
+        "adafactor": adafactor,
+    }
     optimizer, _ = make_optimizer(4, **settings)
     zeros, state, decayed = jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
     for _ in range(3):
@@ -126,7 +137,9 @@ def test_adamw(max_grad_norm):
     state = optimizer.init(params)
     for step in range(4):
         grads = {name: 10.0**-step * rng.standard_normal(shape) for name, shape in shapes.items()}
-        updates, state = optimizer.update({k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, params)
+        updates, state = optimizer.update(
+            {k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, params
+        )
         params = optax.apply_updates(params, updates)
         norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
         scale = min(1, max_grad_norm / norm) if max_grad_norm else 1
@@ -136,8 +149,12 @@ def test_adamw(max_grad_norm):
             v[name] = beta2 * v[name] + (1 - beta2) * (g * scale) ** 2
             m_hat, v_hat = m[name] / (1 - beta1 ** (step + 1)), v[name] / (1 - beta2 ** (step + 1))
             wd = decay if name in ("kernel", "embedding") else 0
-            exact[name] = exact[name] - rate * (m_hat / (np.sqrt(v_hat) + epsilon) + wd * exact[name])
-            np.testing.assert_allclose(params[name], exact[name], rtol=1e-4, atol=1e-6, err_msg=f"{step} {name}")
+            exact[name] = exact[name] - rate * (
+                m_hat / (np.sqrt(v_hat) + epsilon) + wd * exact[name]
+            )
+            np.testing.assert_allclose(
+                params[name], exact[name], rtol=1e-4, atol=1e-6, err_msg=f"{step} {name}"
+            )
 
 
 def test_adafactor_scales_with_the_parameter():
@@ -154,7 +171,9 @@ def test_adafactor_scales_with_the_parameter():
 def test_adafactor_s_state_with_and_without_decay():
     """Is the same, so that a checkpoint can be resumed with another --weight_decay."""
     params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
-    with_decay, without = (make_optimizer(adafactor=True, weight_decay=x)[0].init(params) for x in (0.01, 0.0))
+    with_decay, without = (
+        make_optimizer(adafactor=True, weight_decay=x)[0].init(params) for x in (0.01, 0.0)
+    )
     assert jax.tree.structure(with_decay) == jax.tree.structure(without)
     assert jax.tree.map(jnp.shape, with_decay) == jax.tree.map(jnp.shape, without)
 
@@ -179,16 +198,25 @@ def uneven_batches():
             most = MAX_PREDICTED if row < 8 else 0 if row < 16 else 1
             count = min(most, lengths[row])
             where = rng.permutation(lengths[row])[:count]
-            labels[row, where] = 7 if row < 8 else rng.integers(0, 101, count)  # what is easy to learn, and what not
+            labels[row, where] = (
+                7 if row < 8 else rng.integers(0, 101, count)
+            )  # what is easy to learn, and what not
         yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return FlaxAutoModelForMaskedLM.from_config(RobertaConfig(**TINY, **NO_DROPOUT, pad_token_id=1), _do_init=False)
+    return FlaxAutoModelForMaskedLM.from_config(
+        RobertaConfig(**TINY, **NO_DROPOUT, pad_token_id=1), _do_init=False
+    )
 
 
-SETTINGS = {"learning_rate": 5e-3, "weight_decay": 0.01, "warmup_steps": 5, "lr_scheduler_type": "linear"}
+SETTINGS = {
+    "learning_rate": 5e-3,
+    "weight_decay": 0.01,
+    "warmup_steps": 5,
+    "lr_scheduler_type": "linear",
+}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +226,9 @@ def plain_run(model):
     optimizer, _ = make_optimizer(STEPS, **SETTINGS)
 
     def mean_loss(params, batch):
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], params=params, train=False).logits
+        logits = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], params=params, train=False
+        ).logits
         predicted = batch["labels"] != -100
         one_hot = jax.nn.one_hot(batch["labels"], logits.shape[-1])  # of zeros for -100
         return -(jax.nn.log_softmax(logits) * one_hot).sum() / predicted.sum()
@@ -214,7 +244,14 @@ def plain_run(model):
     state = optimizer.init(params)
     for batch in uneven_batches():
         params, state, (loss, norm) = step(params, state, batch)
-        history.append((float(loss), float(norm), (batch["labels"] != -100).sum(), batch["attention_mask"].sum()))
+        history.append(
+            (
+                float(loss),
+                float(norm),
+                (batch["labels"] != -100).sum(),
+                batch["attention_mask"].sum(),
+            )
+        )
     return np.array(history), params
 
 
@@ -231,7 +268,9 @@ def replicated(tree, num_devices: int):
 NO_TOTALS = dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), np.float32(0))
 
 
-@pytest.mark.parametrize(("num_devices", "accumulation"), [(1, 1), (8, 1), (8, 4)], ids=["1x64", "8x8", "8x4x2"])
+@pytest.mark.parametrize(
+    ("num_devices", "accumulation"), [(1, 1), (8, 1), (8, 4)], ids=["1x64", "8x8", "8x4x2"]
+)
 def test_step_on_any_layout_equals_the_plain_program(model, plain_run, num_devices, accumulation):
     history, expected_params = plain_run
     assert len(jax.devices()) == 8
@@ -242,8 +281,12 @@ def test_step_on_any_layout_equals_the_plain_program(model, plain_run, num_devic
     p_train_step = make_p_train_step(model, num_devices)
     shape = (num_devices, accumulation, ROWS // num_devices // accumulation, LENGTH)
     for step, batch in enumerate(uneven_batches()):
-        before = totals if step % 3 else replicated(NO_TOTALS, num_devices)  # of steps between log lines
-        state, totals = p_train_step(state, before, {name: x.reshape(shape) for name, x in batch.items()})
+        before = (
+            totals if step % 3 else replicated(NO_TOTALS, num_devices)
+        )  # of steps between log lines
+        state, totals = p_train_step(
+            state, before, {name: x.reshape(shape) for name, x in batch.items()}
+        )
         sums = {name: float(totals[name][0] - before[name][0]) for name in NO_TOTALS}
         loss, norm, predicted, tokens = history[step]
         assert (sums["predicted"], sums["tokens"]) == (predicted, tokens)
@@ -258,7 +301,9 @@ def test_step_on_any_layout_equals_the_plain_program(model, plain_run, num_devic
 
 def test_dropout_depends_on_step_device_and_micro_batch_alone():
     """The same rows everywhere and gradients that move nothing: what differs is dropout."""
-    config = RobertaConfig(**TINY, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, pad_token_id=1)
+    config = RobertaConfig(
+        **TINY, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, pad_token_id=1
+    )
     model = FlaxAutoModelForMaskedLM.from_config(config, _do_init=False)
     state = TrainState.create(apply_fn=None, params=random_params(model), tx=optax.sgd(0.0))
     row = {name: x[:1] for name, x in next(uneven_batches()).items()}

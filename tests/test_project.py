@@ -37,7 +37,10 @@ def requirements(lines) -> dict[str, set[str]]:
 
 
 def listed_requirements() -> dict[str, set[str]]:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    lines = (
+        line.partition("#")[0].strip()
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+    )
     return requirements(filter(None, lines))
 
 
@@ -73,7 +76,10 @@ def installed_packages() -> dict[str, set[str]]:
 
 def distributions(script: Path) -> dict[str, set[str]]:
     """Each third-party package that a script imports, to the distributions that may have brought it."""
-    return {name: installed_packages().get(name, set()) for name in imports(script) - set(sys.stdlib_module_names)}
+    return {
+        name: installed_packages().get(name, set())
+        for name in imports(script) - set(sys.stdlib_module_names)
+    }
 
 
 def test_the_first_script_is_here():
@@ -103,7 +109,9 @@ def test_metadata_lists_what_is_imported_and_no_more(script):
 
 
 def test_every_requirement_is_imported_by_some_script():
-    brought_by = set().union(*(names for path in ROOT.glob("*.py") for names in distributions(path).values()))
+    brought_by = set().union(
+        *(names for path in ROOT.glob("*.py") for names in distributions(path).values())
+    )
     assert set(listed_requirements()) - brought_by == set()
 
 
@@ -122,18 +130,29 @@ def test_script_is_executable(script):
 def test_script_is_short(script):
     source = script.read_text()
     assert len(source.splitlines()) < 700
-    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    main = functions.get("main") or functions["run"]  # what only measures is no copy of the others' main
+    functions = {
+        node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
+    }
+    main = (
+        functions.get("main") or functions["run"]
+    )  # what only measures is no copy of the others' main
     assert main.end_lineno - main.lineno + 1 <= 100
 
 
 def argument_groups(script: Path) -> dict[str, list[str]]:
     """Title of each group of flags to the flags, with those that turn off what is on by default."""
     module, found = importlib.import_module(script.stem), {}
-    for name in ("ModelArguments", "DataTrainingArguments", "TrainingArguments", "BenchmarkArguments"):
+    for name in (
+        "ModelArguments",
+        "DataTrainingArguments",
+        "TrainingArguments",
+        "BenchmarkArguments",
+    ):
         if group := getattr(module, name, None):
             fields = [(f.name, f.default is True) for f in dataclasses.fields(group)]
-            flags = [flag for name, on in fields for flag in (name, *([f"no_{name}"] if on else []))]
+            flags = [
+                flag for name, on in fields for flag in (name, *([f"no_{name}"] if on else []))
+            ]
             found[group._argument_group_name] = [f"--{flag}" for flag in flags]
     return found
 
@@ -146,22 +165,34 @@ def settings_of(module):
 def shown_groups(text: str) -> dict[str, list[str]]:
     """The same, as the text of --help has it."""
     parts = re.split(r"(?m)^(\w+):\n", text)
-    return {title: re.findall(r"(?m)^  (--\w+)", part) for title, part in zip(parts[1::2], parts[2::2], strict=True)}
+    return {
+        title: re.findall(r"(?m)^  (--\w+)", part)
+        for title, part in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
 @each_script
 def test_help_is_readable(script, run_script):
     """As a process: 80 columns, each flag once and in its group, nothing to do with any library."""
-    done = run_script([script.name, "--help"], env={"COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": None})
+    done = run_script(
+        [script.name, "--help"], env={"COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": None}
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert done.stdout.startswith(f"usage: {script.name} ")
     description = ast.get_docstring(ast.parse(script.read_text()), clean=False).partition("\n\n")[0]
     assert " ".join(description.split()) in " ".join(done.stdout.split())
     groups = shown_groups(done.stdout)
-    assert {title: flags for title, flags in groups.items() if title != "options"} == argument_groups(script)
+    assert {
+        title: flags for title, flags in groups.items() if title != "options"
+    } == argument_groups(script)
     assert groups["options"] == []  # -h
-    assert Counter(re.findall(r"--\w[\w-]*", "".join(done.stdout.partition("options:")[1:]))).most_common(1)[0][1] == 1
+    assert (
+        Counter(
+            re.findall(r"--\w[\w-]*", "".join(done.stdout.partition("options:")[1:]))
+        ).most_common(1)[0][1]
+        == 1
+    )
 
 
 @each_script
@@ -174,17 +205,29 @@ def test_help_says_what_a_flag_takes(script, columns, capsys, monkeypatch):
     with pytest.raises(SystemExit, match=r"^0$"):
         settings_of(module)(["--seed=3", "-h"])  # wherever it stands
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines()[1:])) <= columns  # the first has the name of the tests' program
+    assert (
+        max(map(len, text.splitlines()[1:])) <= columns
+    )  # the first has the name of the tests' program
     entries = [" ".join(entry.split()) for entry in re.findall(r"(?m)^  --.*(?:\n    .*)*", text)]
     shown = {flag: rest for flag, _, rest in (entry.partition(" ") for entry in entries)}
     assert shown["--seed"].startswith("SEED ")
     groups = [getattr(module, name) for name in dir(module) if name.endswith("Arguments")]
     for field in (field for group in groups for field in dataclasses.fields(group)):
-        choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
-        value = "" if field.type is bool else f"{{{','.join(choices)}}} " if choices else r"[\[\]A-Z0-9]+ "
+        choices = (
+            typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
+        )
+        value = (
+            ""
+            if field.type is bool
+            else f"{{{','.join(choices)}}} "
+            if choices
+            else r"[\[\]A-Z0-9]+ "
+        )
         said = not (field.default in (dataclasses.MISSING, None) or field.default is False)
         default = re.escape(f" (default: {field.default})") if said else ""
-        pattern = re.compile(value.replace("{", r"\{") + re.escape(field.metadata["help"]) + default)
+        pattern = re.compile(
+            value.replace("{", r"\{") + re.escape(field.metadata["help"]) + default
+        )
         assert pattern.fullmatch(shown[f"--{field.name}"]), field.name
 
 
@@ -195,7 +238,9 @@ def test_flags_may_be_dashed(script):
     with pytest.raises(module.InputError, match=r"^(?!unknown)"):
         settings_of(module)([flag, "--seed=-1"])
     with pytest.raises(module.InputError, match=r"^unknown arguments: --no-such-flag"):
-        settings_of(module)(["--output-dir=x"] * (flag == "--max-steps=2") + [flag, "--no-such-flag"])
+        settings_of(module)(
+            ["--output-dir=x"] * (flag == "--max-steps=2") + [flag, "--no-such-flag"]
+        )
 
 
 def test_no_tracked_file_names_a_path_of_one_machine():
@@ -205,7 +250,9 @@ def test_no_tracked_file_names_a_path_of_one_machine():
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
-    one_machine = re.compile(rf"(?<![\w.~-])(?:{re.escape(str(ROOT))}|/(?:home/\w+|Users/\w+|root|work|workspace))/")
+    one_machine = re.compile(
+        rf"(?<![\w.~-])(?:{re.escape(str(ROOT))}|/(?:home/\w+|Users/\w+|root|work|workspace))/"
+    )
     files = [ROOT / name for name in listing.split("\0") if name]
     found = {
         f"{path.relative_to(ROOT)}: {match[0]}"

@@ -35,7 +35,11 @@ def test_corpus_splits_documents_into_paragraphs(tmp_path):
     documents = [f"Document {number}\n  goes on.\n \nShared." for number in range(1, 41)]
     train, validation = quickstart.build_corpus(tmp_path, documents)
     assert validation.read_text() == "Document 20 goes on.\nDocument 40 goes on.\n"
-    assert train.read_text().splitlines()[:3] == ["Document 1 goes on.", "Shared.", "Document 2 goes on."]
+    assert train.read_text().splitlines()[:3] == [
+        "Document 1 goes on.",
+        "Shared.",
+        "Document 2 goes on.",
+    ]
 
 
 def test_tokenizer_is_read_back_as_robertas(corpus, roberta_dir):
@@ -52,7 +56,10 @@ def test_tokenizer_is_read_back_as_robertas(corpus, roberta_dir):
 
 
 def test_configuration_fits_the_tokenizer(roberta_dir):
-    config, tokenizer = AutoConfig.from_pretrained(roberta_dir), AutoTokenizer.from_pretrained(roberta_dir)
+    config, tokenizer = (
+        AutoConfig.from_pretrained(roberta_dir),
+        AutoTokenizer.from_pretrained(roberta_dir),
+    )
     assert config.model_type == "roberta"
     assert config.vocab_size == len(tokenizer) == 1000
     assert config.max_position_embeddings - config.pad_token_id - 1 == tokenizer.model_max_length
@@ -64,8 +71,16 @@ def test_quickstart_trains_and_shows_what_it_learned(finished):
     assert done.returncode == 0, done.stderr
     results = json.loads((directory / "quickstart" / "model" / "eval_results.json").read_text())
     assert f"{results['eval_loss']:.4f}" in done.stdout
-    assert len(re.findall(r"^    .* +[\d.]+%$", done.stdout, re.MULTILINE)) == 3 * len(quickstart.QUESTIONS)
+    assert len(re.findall(r"^    .* +[\d.]+%$", done.stdout, re.MULTILINE)) == 3 * len(
+        quickstart.QUESTIONS
+    )
     assert "tensorboard --logdir quickstart/model" in done.stdout
-    here = [line for line in done.stdout.splitlines() if sys.prefix not in line and str(quickstart.HERE) not in line]
+    here = [
+        line
+        for line in done.stdout.splitlines()
+        if sys.prefix not in line and str(quickstart.HERE) not in line
+    ]
     assert max(map(len, here)) <= 80
-    assert {path.name for path in directory.iterdir()} == {"quickstart"}  # all of it is in one folder
+    assert {path.name for path in directory.iterdir()} == {
+        "quickstart"
+    }  # all of it is in one folder

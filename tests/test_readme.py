@@ -77,9 +77,21 @@ export SLURM_JOB_ID=$$ SLURM_STEP_NODELIST=127.0.0.1 SLURM_NTASKS=2
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@" &
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" && wait $!
 """
-ADDED = ("inspect", "dry", "directory", "batch_size", "seq_length", "num_warmup", "num_iters")  # flags in these
+ADDED = (
+    "inspect",
+    "dry",
+    "directory",
+    "batch_size",
+    "seq_length",
+    "num_warmup",
+    "num_iters",
+)  # flags in these
 LINES = {"train.txt": 40, "validation.txt": 8}  # of the corpus
-LEFT_OUT = ("XLA_FLAGS", "MAKEFLAGS", "CI")  # in CI, Transformers prints its warnings twice, and once more aloud
+LEFT_OUT = (
+    "XLA_FLAGS",
+    "MAKEFLAGS",
+    "CI",
+)  # in CI, Transformers prints its warnings twice, and once more aloud
 ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
 
 NOT_RUN = {  # section: the reason, as the comment before the block gives it
@@ -128,9 +140,23 @@ DOCUMENTED = {  # section: script, folder, and its flags beside those that name 
         --overwrite_output_dir --logging_steps="500" --save_steps="2000" --eval_steps="2000" """,
     ),
 }
-OTHER_FLAGS = {"help", "logdir", "vocab_size", "xla_force_host_platform_device_count"}  # not of the scripts
+OTHER_FLAGS = {
+    "help",
+    "logdir",
+    "vocab_size",
+    "xla_force_host_platform_device_count",
+}  # not of the scripts
 OTHER_FLAGS |= {"xla_gpu_deterministic_ops"}
-OTHER_FLAGS |= {"nodes", "ntasks", "gpus", "time", "signal", "dry", "worker", "command"}  # as far as the first dash
+OTHER_FLAGS |= {
+    "nodes",
+    "ntasks",
+    "gpus",
+    "time",
+    "signal",
+    "dry",
+    "worker",
+    "command",
+}  # as far as the first dash
 BENCHMARK_FLAGS = {
     flag
     for path in (ROOT / "benchmarks").glob("*.py")
@@ -188,7 +214,10 @@ def read_blocks(text: str) -> list[Block]:
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = read_blocks(TEXT)
 DOCUMENTS = {path.name: path.read_text(encoding="utf-8") for path in (README, CONTRIBUTING)}
-PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL) for name, text in DOCUMENTS.items()}
+PROSE = {
+    name: re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for name, text in DOCUMENTS.items()
+}
 each_document = pytest.mark.parametrize("document", DOCUMENTS)
 
 
@@ -219,7 +248,12 @@ def run(command: list[str], directory: Path, timeout: float = 120) -> str:
     variables = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
     variables |= ENVIRONMENT
     variables["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), variables["PATH"]))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
     with subprocess.Popen(command, cwd=directory, env=variables, **pipes) as process:
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -237,7 +271,9 @@ def scaled_shell(code: str) -> str:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 new = f"127.0.0.1:{free.getsockname()[1]}"
-        code = re.sub(rf"^{re.escape(old)}|(?<= |=){re.escape(old)}", str(new), code, flags=re.MULTILINE)
+        code = re.sub(
+            rf"^{re.escape(old)}|(?<= |=){re.escape(old)}", str(new), code, flags=re.MULTILINE
+        )
     smaller = lambda match: f"--{match[1]}={match[2]}{FLAGS.get(match[1], match[3])}{match[2]}"  # noqa: E731
     return re.sub(r'--(\w+)=(")([^"\n]*)"', smaller, code)
 
@@ -294,13 +330,19 @@ def test_block(block, place, tmp_path):
         pytest.skip(value)
     if block.language == "sh":
         assert kind == ""
-        directory = shutil.copytree(place, tmp_path / "copy") if block.section == "Resume" else place
+        directory = (
+            shutil.copytree(place, tmp_path / "copy") if block.section == "Resume" else place
+        )
         resumed = block.section == "Resume" and interrupt(directory / "my-roberta")
         start = time.time()
         run(["bash", "-euo", "pipefail", "-c", scaled_shell(block.code)], directory)
-        for output_dir in re.findall(r'--output_dir="(.*)"', block.code):  # also of processes in the background
+        for output_dir in re.findall(
+            r'--output_dir="(.*)"', block.code
+        ):  # also of processes in the background
             assert (place / output_dir / "eval_results.json").stat().st_mtime >= start - 1
-        assert not resumed or (directory / "my-roberta" / "flax_model.msgpack").read_bytes() == resumed
+        assert (
+            not resumed or (directory / "my-roberta" / "flax_model.msgpack").read_bytes() == resumed
+        )
     elif block.language == "python":
         assert kind == ""
         run([sys.executable, "-c", scaled_python(block.code)], place)
@@ -316,15 +358,23 @@ def test_block(block, place, tmp_path):
         assert (block.language, kind) == ("text", "listing of")
         listed = [line.split()[0] for line in block.code.splitlines()]
         found = {path.name + "/" * path.is_dir() for path in (place / value).iterdir()}
-        unlisted = {name for name in found if not any(Path(name).match(pattern.rstrip("/")) for pattern in listed)}
+        unlisted = {
+            name
+            for name in found
+            if not any(Path(name).match(pattern.rstrip("/")) for pattern in listed)
+        }
         assert unlisted == set()
-        assert [pattern for pattern in listed if not list((place / value).glob(pattern.rstrip("/")))] == []
+        assert [
+            pattern for pattern in listed if not list((place / value).glob(pattern.rstrip("/")))
+        ] == []
 
 
 @pytest.mark.parametrize("block", read_blocks(DOCUMENTS[CONTRIBUTING.name]), ids=str)
 def test_block_of_contributing(block):
     assert (block.language, block.note) == ("sh", "")
-    collected = block.code.replace("python -m pytest", "python -m pytest --collect-only -p no:cacheprovider")
+    collected = block.code.replace(
+        "python -m pytest", "python -m pytest --collect-only -p no:cacheprovider"
+    )
     run(["bash", "-euo", "pipefail", "-c", scaled_shell(collected)], ROOT)
 
 
@@ -333,7 +383,9 @@ def test_scalars_are_those_of_the_logs(place):
     output = run(["tensorboard", "--inspect", "--logdir=my-roberta"], place)
     names = r"\b(?:train|eval)_\w+"
     (section,) = re.findall(r"^### Watch$(.*?)^#", TEXT, re.MULTILINE | re.DOTALL)
-    assert set(re.findall(rf"^\| `({names})`", section, re.MULTILINE)) == set(re.findall(names, output))
+    assert set(re.findall(rf"^\| `({names})`", section, re.MULTILINE)) == set(
+        re.findall(names, output)
+    )
 
 
 def test_continued_words(place):
@@ -347,7 +399,9 @@ def test_continued_words(place):
         for line, ref in zip(lines, refs, strict=True):
             tokens = tokenizer.convert_ids_to_tokens(tokenizer(line)["input_ids"])
             assert (tokens[0], tokens[-1]) == ("<s>", "</s>")
-            assert json.loads(ref) == [i for i in range(2, len(tokens) - 1) if not tokens[i].startswith("Ġ")]
+            assert json.loads(ref) == [
+                i for i in range(2, len(tokens) - 1) if not tokens[i].startswith("Ġ")
+            ]
         assert any(ref != "[]" for ref in refs)
 
 
@@ -359,15 +413,21 @@ def test_scaling_changes_values_only():
     flags = r'--(\w+)(?:="([^"]*)")?'
     for block in BLOCKS:
         if block.language == "sh":
-            before, after = (re.findall(flags, code) for code in (block.code, scaled_shell(block.code)))
+            before, after = (
+                re.findall(flags, code) for code in (block.code, scaled_shell(block.code))
+            )
             after = [pair for pair in after if pair[0] not in ADDED]
             assert [name for name, _ in before] == [name for name, _ in after]
-            changed = {name for (name, old), (_, new) in zip(before, after, strict=True) if old != new}
+            changed = {
+                name for (name, old), (_, new) in zip(before, after, strict=True) if old != new
+            }
             assert changed <= set(FLAGS)
 
 
 def test_every_replacement_is_used():
-    shell, python = ("".join(block.code for block in BLOCKS if block.language == one) for one in ("sh", "python"))
+    shell, python = (
+        "".join(block.code for block in BLOCKS if block.language == one) for one in ("sh", "python")
+    )
     assert [flag for flag in FLAGS if f"--{flag}=" not in shell] == []
     assert [old for old in SHELL if old not in shell] == []
     assert [old for old in PYTHON if old not in python] == []
@@ -392,7 +452,10 @@ def test_documented_command(section):
     assert found == script
     assert {**flags, **known, **places} == flags
     assert flags["output_dir"].startswith(model)
-    assert flags.keys() - known.keys() - places.keys() <= {"output_dir", "per_device_eval_batch_size"}
+    assert flags.keys() - known.keys() - places.keys() <= {
+        "output_dir",
+        "per_device_eval_batch_size",
+    }
 
 
 def test_json_of_the_command():
@@ -425,18 +488,36 @@ def flag_tables(script: str) -> str:
     """Markdown tables of the flags of a script, from the same source as --help. Of a training script other than the
     template: those that the template has not."""
     alone = script == TEMPLATE or fields(script)[0][0] == "benchmark"
-    known = [] if alone else [(f.name, f.default, f.metadata["help"]) for _, group in fields(TEMPLATE) for f in group]
-    left_out = {name for name, _, _ in known} - {field.name for _, group in fields(script) for field in group}
+    known = (
+        []
+        if alone
+        else [
+            (f.name, f.default, f.metadata["help"]) for _, group in fields(TEMPLATE) for f in group
+        ]
+    )
+    left_out = {name for name, _, _ in known} - {
+        field.name for _, group in fields(script) for field in group
+    }
     names = ", ".join(f"`--{name}`" for name, _, _ in known if name in left_out)
     differs = f"As those of `{TEMPLATE}.py`, without {names}, and with:"
     tables = [textwrap.fill(differs, 100, break_on_hyphens=False)] if known else []
     for title, group in fields(script):
         rows = [(title, "default", "meaning")]
-        group = [field for field in group if (field.name, field.default, field.metadata["help"]) not in known]
+        group = [
+            field
+            for field in group
+            if (field.name, field.default, field.metadata["help"]) not in known
+        ]
         for field in group:
             required = field.default is dataclasses.MISSING
-            default = "required" if required else DEFAULTS.get(repr(field.default), str(field.default))
-            choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
+            default = (
+                "required" if required else DEFAULTS.get(repr(field.default), str(field.default))
+            )
+            choices = (
+                typing.get_args(field.type)
+                if typing.get_origin(field.type) is typing.Literal
+                else ()
+            )
             meaning = field.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
             rows.append((f"`--{field.name}`", default, meaning))
         if len(rows) == 1:
@@ -454,12 +535,20 @@ MARKED = re.compile(r"(?ms)(?<=^<!-- flags of: )(\w+)(\.py -->\n)(.*?)(?=^<!-- e
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_tables_have_every_flag(script):
     tables = {match[1]: match[3].strip() for match in MARKED.finditer(TEXT)}
-    assert tables[script] == flag_tables(script), "python tests/test_readme.py writes the tables anew"
+    assert tables[script] == flag_tables(script), (
+        "python tests/test_readme.py writes the tables anew"
+    )
 
 
 def test_every_flag_exists():
     ours = {field.name for script in SCRIPTS for _, group in fields(script) for field in group}
-    ours |= {f"no_{field.name}" for s in SCRIPTS for _, group in fields(s) for field in group if field.default is True}
+    ours |= {
+        f"no_{field.name}"
+        for s in SCRIPTS
+        for _, group in fields(s)
+        for field in group
+        if field.default is True
+    }
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", "".join(DOCUMENTS.values())))
     assert named - ours - OTHER_FLAGS - BENCHMARK_FLAGS == set()
     assert OTHER_FLAGS - named == set()
@@ -468,7 +557,8 @@ def test_every_flag_exists():
 @each_document
 def test_links_lead_somewhere(document):
     anchors = {
-        name: {slug(line) for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)} for name, text in PROSE.items()
+        name: {slug(line) for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+        for name, text in PROSE.items()
     }
     links = re.findall(r"\]\(([^)\s]+)\)", PROSE[document])
     assert len(links) > 5
@@ -482,7 +572,9 @@ def test_links_lead_somewhere(document):
 @each_document
 def test_named_files_exist(document):
     """Files of the project that are named in the running text, and targets of make."""
-    named = re.findall(r"`((?:tests/|benchmarks/)?\w+\.(?:py|txt)|Makefile|\.ci/\w+)`", PROSE[document])
+    named = re.findall(
+        r"`((?:tests/|benchmarks/)?\w+\.(?:py|txt)|Makefile|\.ci/\w+)`", PROSE[document]
+    )
     corpus = set(LINES)
     assert [name for name in named if name not in corpus and not (ROOT / name).exists()] == []
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -492,7 +584,9 @@ def test_named_files_exist(document):
 @each_document
 def test_lines_are_short(document):
     """To be read as plain text, too; rows of tables may be longer, and lines of the scripts."""
-    diffs = {line for block in BLOCKS if block.language == "diff" for line in block.code.splitlines()}
+    diffs = {
+        line for block in BLOCKS if block.language == "diff" for line in block.code.splitlines()
+    }
     lines = {*DOCUMENTS[document].splitlines()} - diffs
     assert [line for line in lines if len(line) > 105 and not line.startswith("|")] == []
 
@@ -500,7 +594,9 @@ def test_lines_are_short(document):
 # ------------------------------------------------------------------------------------------------- messages
 
 
-DIFFERS = re.compile(r"(?<![A-Z])(?:COLUMN|FILE|FLAG|FOLDER|KEY|NAMES|NAME|N|REASON|SPLIT|TYPE|VALUE)(?![A-Z])")
+DIFFERS = re.compile(
+    r"(?<![A-Z])(?:COLUMN|FILE|FLAG|FOLDER|KEY|NAMES|NAME|N|REASON|SPLIT|TYPE|VALUE)(?![A-Z])"
+)
 
 
 def messages(title: str) -> list[list[str]]:
@@ -515,7 +611,11 @@ def literals(path: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
-            found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            found.append(
+                "".join(
+                    part.value if isinstance(part, ast.Constant) else "\0" for part in node.values
+                )
+            )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.append(node.value)
     return found
@@ -525,7 +625,9 @@ def occurs(message: str, texts: list[str]) -> bool:
     """In one text, or in parts: a message may be put together of several, at a comma, a colon or a value."""
     if any(DIFFERS.sub("\0", message) in text for text in texts):
         return True
-    parts = [part.strip() for part in re.split(r"\0|[,:] ", DIFFERS.sub("\0", message)) if part.strip()]
+    parts = [
+        part.strip() for part in re.split(r"\0|[,:] ", DIFFERS.sub("\0", message)) if part.strip()
+    ]
     return max(map(len, parts)) >= 10 and all(any(part in text for text in texts) for part in parts)
 
 

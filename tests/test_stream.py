@@ -28,7 +28,10 @@ import run_mlm_flax_stream as stream
 (SCRIPT,) = (script for script in SCRIPTS if script.is_stream)
 NUM_WORDS = 6000
 BLOCK = 16
-SAME_BATCH = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}  # as of two processes, accumulated
+SAME_BATCH = {
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 1,
+}  # as of two processes, accumulated
 START = {"epoch": 0, "state": None, "carried": [], "used": 0, "seen": 0, "offset": 0}
 
 
@@ -44,8 +47,12 @@ def make_documents(sizes: list[int]) -> list[list[str]]:
     """Texts of each shard; a few are blank, one is long."""
     rng, number, shards = random.Random(0), itertools.count(), []
     for size in sizes:
-        lengths = [0 if rng.random() < 0.05 else 70 if i == 5 else rng.randint(1, 9) for i in range(size)]
-        shards.append([" ".join(f"w{next(number)}" for _ in range(length)) or " " for length in lengths])
+        lengths = [
+            0 if rng.random() < 0.05 else 70 if i == 5 else rng.randint(1, 9) for i in range(size)
+        ]
+        shards.append(
+            [" ".join(f"w{next(number)}" for _ in range(length)) or " " for length in lengths]
+        )
     assert next(number) < NUM_WORDS
     return shards
 
@@ -58,7 +65,11 @@ def write_shards(directory: Path, kind: str, shards: list[list[str]]) -> list[Pa
             with (gzip.open if kind == "txt.gz" else open)(path, "wt") as file:
                 file.write("".join(text + "\n" for text in texts))
         elif kind == "jsonl":
-            path.write_text("".join(json.dumps({"number": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+            path.write_text(
+                "".join(
+                    json.dumps({"number": i, "text": text}) + "\n" for i, text in enumerate(texts)
+                )
+            )
         elif kind == "csv":
             with path.open("w", newline="") as file:
                 csv.writer(file).writerows([("number", "text"), *enumerate(texts)])
@@ -105,14 +116,18 @@ def open_stream(paths: list[Path], tokenizer, **options):
         paths[0].name.split(".")[-1]
     ]
     files = [str(path) for path in paths]
-    dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+    dataset = datasets.load_dataset(
+        builder, data_files=files, split="train", streaming=True, **options
+    )
     return stream.BlockStream(*stream.text_column(dataset, "text", "the data"), tokenizer, BLOCK)
 
 
 def draw(texts, held_out, position=START, size: int = 50, batch_size: int = 1, limit=None):
     """Blocks in the order of training, each with the position after it; the stream starts at `position`."""
     position = json.loads(json.dumps(position))
-    blocks = stream.shuffle(texts.blocks(dict(position), batch_size, limit, *held_out), max(size, batch_size), 42)
+    blocks = stream.shuffle(
+        texts.blocks(dict(position), batch_size, limit, *held_out), max(size, batch_size), 42
+    )
     for after, block in itertools.islice(blocks, position["offset"], None):
         yield after, tuple(block.tolist())
 
@@ -136,7 +151,9 @@ SIZES = [310, 40, 290]  # 64 texts are read at a time
 
 @pytest.fixture(scope="module", params=KINDS)
 def texts(request, tmp_path_factory, tokenizer):
-    paths = write_shards(tmp_path_factory.mktemp("texts") / "shards", request.param, make_documents(SIZES))
+    paths = write_shards(
+        tmp_path_factory.mktemp("texts") / "shards", request.param, make_documents(SIZES)
+    )
     return open_stream(paths, tokenizer)
 
 
@@ -159,7 +176,9 @@ def test_every_block_of_every_epoch_and_none_held_out(texts, tokenizer, num_held
     assert size == 1 or len(set(map(tuple, orders))) == 3  # each epoch in another order
 
 
-@pytest.mark.parametrize(("num_processes", "sizes"), [(2, [310, 40, 290]), (2, [310, 40, 30, 260]), (3, [640])])
+@pytest.mark.parametrize(
+    ("num_processes", "sizes"), [(2, [310, 40, 290]), (2, [310, 40, 30, 260]), (3, [640])]
+)
 @pytest.mark.parametrize("kind", ["txt", "parquet"])
 def test_processes_share_out_the_texts(tmp_path, tokenizer, as_process, num_processes, sizes, kind):
     """Shard by shard or text by text: disjoint, complete, without what is held out, in each of two epochs."""
@@ -173,7 +192,10 @@ def test_processes_share_out_the_texts(tmp_path, tokenizer, as_process, num_proc
         as_process(rank, num_processes)
         drawn = list(itertools.takewhile(lambda item: item[0]["epoch"] < 2, draw(texts, held_out)))
         last = next(after for after, _ in draw(texts, held_out) if after["epoch"] == 2)
-        seen.append(words_of([block for _, block in drawn], tokenizer) + words_of([last["carried"]], tokenizer))
+        seen.append(
+            words_of([block for _, block in drawn], tokenizer)
+            + words_of([last["carried"]], tokenizer)
+        )
     for one, other in itertools.combinations(seen, 2):
         assert not set(one) & set(other)
     expected = words_of([tokens[70 * BLOCK :]], tokenizer)
@@ -233,12 +255,12 @@ def test_too_short(texts, held, batch_size):
     """The counts are in the message. One more block is too many to hold out."""
     tokens = tokens_of(texts.tokenizer, flat(make_documents(SIZES)))
     count = len(tokens) // BLOCK
-    with pytest.raises(stream.InputError, match=f"--num_eval_samples {count + 1}: the data has {count} blocks"):
+    with pytest.raises(
+        stream.InputError, match=f"--num_eval_samples {count + 1}: the data has {count} blocks"
+    ):
         texts.first(count + 1, count + 1)
     _, *held_out = texts.first(held, held)
-    message = (
-        rf"the data has {count - held} blocks of 16 tokens, {len(tokens) % BLOCK} more; a batch takes {batch_size}"
-    )
+    message = rf"the data has {count - held} blocks of 16 tokens, {len(tokens) % BLOCK} more; a batch takes {batch_size}"
     with pytest.raises(stream.InputError, match=message):
         take(texts, held_out, 1, batch_size=batch_size)
 
@@ -271,8 +293,12 @@ def test_evaluation_is_the_template_s(tokenizer, as_process, monkeypatch, rows, 
     """Batches of one process, and those of two of half as many devices side by side."""
     blocks = np.random.default_rng(0).integers(5, len(tokenizer), (rows, BLOCK), dtype=np.int32)
     ends = np.arange(1, rows + 1) * BLOCK
-    sequences = mlm.Sequences(blocks.ravel(), np.zeros(blocks.size, np.int8), ends - BLOCK, ends, BLOCK, BLOCK)
-    collators = [module.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK) for module in (mlm, stream)]
+    sequences = mlm.Sequences(
+        blocks.ravel(), np.zeros(blocks.size, np.int8), ends - BLOCK, ends, BLOCK, BLOCK
+    )
+    collators = [
+        module.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK) for module in (mlm, stream)
+    ]
     expected = list(mlm.eval_batches(sequences, collators[0], 42, size))
     found = list(stream.eval_batches(blocks, collators[1], 42, size))
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
@@ -285,7 +311,9 @@ def test_evaluation_is_the_template_s(tokenizer, as_process, monkeypatch, rows, 
         together = {name: np.concatenate([part[name] for part in parts]) for name in other}
         for labels in (other["labels"], together["labels"]):
             assert (one["labels"] == labels).all()
-        shown = (one["labels"] != -100).any(axis=-1)  # a row that fills up the last batch may be any
+        shown = (one["labels"] != -100).any(
+            axis=-1
+        )  # a row that fills up the last batch may be any
         for input_ids in (other["input_ids"], together["input_ids"]):
             assert (one["input_ids"][shown] == input_ids[shown]).all()
 
@@ -295,7 +323,9 @@ def test_processes_mask_as_one(tokenizer, as_process, monkeypatch):
     blocks = np.random.default_rng(0).integers(5, len(tokenizer), (64, BLOCK), dtype=np.int32)
     collator = stream.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)
     batches = lambda rows: list(  # noqa: E731
-        stream.train_batches(iter([({}, row) for row in rows]), collator, 42, range(3, 4), (1, 8), {})
+        stream.train_batches(
+            iter([({}, row) for row in rows]), collator, 42, range(3, 4), (1, 8), {}
+        )
     )
     (whole,) = batches(blocks)
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
@@ -344,7 +374,10 @@ EXPORTED = ("flax_model.msgpack", "model.safetensors", "eval_results.json")
 
 def check_same(a: Path, b: Path, names=EXPORTED):
     assert [name for name in names if (a / name).read_bytes() != (b / name).read_bytes()] == []
-    last = [json.loads((x / "checkpoints" / str(checkpoints(x)[-1]) / "run" / "metadata").read_text()) for x in (a, b)]
+    last = [
+        json.loads((x / "checkpoints" / str(checkpoints(x)[-1]) / "run" / "metadata").read_text())
+        for x in (a, b)
+    ]
     assert last[0] == last[1]
 
 
@@ -354,11 +387,16 @@ def test_killed_and_stopped_it_ends_with_the_same_weights(place, undisturbed):
     log = r"^open .*/events\.out\.tfevents"
     for kill_at, number in (
         ([r"^rename .*/checkpoints/6$"], signal.SIGKILL),
-        ([r"^rename .*/checkpoints/\d+$"] * 3 + [r"^rename .*/flax_model\.msgpack$"], signal.SIGKILL),
+        (
+            [r"^rename .*/checkpoints/\d+$"] * 3 + [r"^rename .*/flax_model\.msgpack$"],
+            signal.SIGKILL,
+        ),
         ([log] * 6, signal.SIGTERM),
         ([r"^rename .*/checkpoints/36$"], signal.SIGKILL),
     ):
-        run = place.run(output_dir, **TRAINING, dataset_name="folder", kill_at=kill_at, kill_with=number)
+        run = place.run(
+            output_dir, **TRAINING, dataset_name="folder", kill_at=kill_at, kill_with=number
+        )
         assert (run.returncode, run.lines) == (128 + number, [])
     assert checkpoints(output_dir)[-1] < 36
     run = place.run(output_dir, **TRAINING, dataset_name="folder")
@@ -432,7 +470,9 @@ def count_batches(script):
 
         def dispatch(*args):
             waiting.append((len(made) - len(done), len(put) - len(done)))
-            pathlib.Path("counts").write_text(json.dumps([max(x) for x in zip(*waiting, strict=True)]))
+            pathlib.Path("counts").write_text(
+                json.dumps([max(x) for x in zip(*waiting, strict=True)])
+            )
             done.append(1)
             return program(*args)
 
@@ -443,15 +483,24 @@ def count_batches(script):
 
 def test_what_waits_on_the_devices(place):
     """Is not more for a larger window, which is prepared on the host."""
-    changes = {"shuffle_buffer_size": 400, "num_train_steps": 60, "save_steps": 1000, "do_train": True}
-    run = place.run("waiting", **{**TRAINING, **changes}, dataset_name="folder", change=count_batches)
+    changes = {
+        "shuffle_buffer_size": 400,
+        "num_train_steps": 60,
+        "save_steps": 1000,
+        "do_train": True,
+    }
+    run = place.run(
+        "waiting", **{**TRAINING, **changes}, dataset_name="folder", change=count_batches
+    )
     assert (run.returncode, run.lines) == (0, [])
     on_host, on_devices = json.loads((place.directory / "counts").read_text())
     assert on_devices <= 3
     assert on_host > 20
 
 
-@pytest.mark.parametrize("changes", [{"shuffle_buffer_size": 31}, {"num_eval_samples": 120}, {"seed": 43}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"shuffle_buffer_size": 31}, {"num_eval_samples": 120}, {"seed": 43}], ids=str
+)
 def test_another_stream_is_not_resumed(place, undisturbed, changes):
     run = place.run("undisturbed", **{**TRAINING, **changes}, dataset_name="folder")
     assert run.returncode == 1
@@ -461,11 +510,21 @@ def test_another_stream_is_not_resumed(place, undisturbed, changes):
 
 def test_two_processes(place):
     """Each goes on where it stood, but one alone does not; they evaluate as one does."""
-    changes = {"dataset_name": "folder", "num_train_steps": 12, "max_steps": -1, "eval_steps": None, "devices": 1}
+    changes = {
+        "dataset_name": "folder",
+        "num_train_steps": 12,
+        "max_steps": -1,
+        "eval_steps": None,
+        "devices": 1,
+    }
     flags = {**TRAINING, **changes}
     whole = finish_cluster(place, "two", **flags)
     runs = start_cluster(
-        place, "two_killed", first={"kill_at": [r"^rename .*/checkpoints/9$"]}.items(), **flags, do_train=True
+        place,
+        "two_killed",
+        first={"kill_at": [r"^rename .*/checkpoints/9$"]}.items(),
+        **flags,
+        do_train=True,
     )
     runs[0].wait()
     runs[1].kill()
@@ -489,11 +548,15 @@ def test_two_processes(place):
 def test_flags_that_a_stream_cannot_honour_are_refused(flag):
     argv = ["--output_dir=x", "--model_type=roberta", "--tokenizer_name=x", "--train_file=x.txt"]
     assert stream.parse_args(argv)
-    with pytest.raises(stream.InputError, match=f"a stream has no lines and no length, see .*: {flag}$"):
-        stream.parse_args([*argv, flag, *([] if flag.endswith(("line", "pad_to_max_length", "mask")) else ["3"])])
-    assert flag.lstrip("-") in {field.name for field in dataclasses.fields(mlm.DataTrainingArguments)} | {
-        "num_train_epochs"
-    }
+    with pytest.raises(
+        stream.InputError, match=f"a stream has no lines and no length, see .*: {flag}$"
+    ):
+        stream.parse_args(
+            [*argv, flag, *([] if flag.endswith(("line", "pad_to_max_length", "mask")) else ["3"])]
+        )
+    assert flag.lstrip("-") in {
+        field.name for field in dataclasses.fields(mlm.DataTrainingArguments)
+    } | {"num_train_epochs"}
 
 
 def test_the_same_text_as_the_template(tmp_path, tokenizer):
@@ -522,7 +585,14 @@ def test_tokens_are_the_tokenizer_s(tmp_path, tokenizer):
     texts = open_stream(paths, short)
     assert [tuple(block) for block in texts.first(len(expected), 1)[0].tolist()] == expected
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(NUM_WORDS))]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *(f"w{number}" for number in range(NUM_WORDS)),
+    ]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     slow = BertTokenizer(tmp_path / "vocab.txt")
     expected = blocks_of(tokens_of(slow, flat(documents)))[0]

@@ -33,7 +33,10 @@ class Tokenizer:
     name_or_path = "as T5"
 
     def __init__(self, count: int = 600, mark: str = ""):
-        self.vocabulary = {f"{mark}<extra_id_{i}>": TOP - i for i in range(count)} | {"▁the": 10, "<extra_id": 11}
+        self.vocabulary = {f"{mark}<extra_id_{i}>": TOP - i for i in range(count)} | {
+            "▁the": 10,
+            "<extra_id": 11,
+        }
 
     def get_vocab(self):
         return self.vocabulary
@@ -148,21 +151,30 @@ def test_corruption_is_that_of_the_paper(length, density, span):
     batch = collate(collator, rows, generator(1))
     inputs_length = slow_lengths(collator.max_length, density, span)[0]  # see test_lengths
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (24, inputs_length)
-    assert batch["labels"].shape == batch["decoder_input_ids"].shape == (24, num_noise + num_spans + 1)
+    assert (
+        batch["labels"].shape == batch["decoder_input_ids"].shape == (24, num_noise + num_spans + 1)
+    )
     assert batch["attention_mask"].all()
     for tokens, inputs, target, shown in zip(
         rows.tolist(), batch["input_ids"].tolist(), batch["labels"].tolist(), batch["decoder_input_ids"].tolist(),
         strict=True,
     ):  # fmt: skip
         spans = spans_of(inputs, target)
-        assert corrupt(tokens, spans) == (inputs, target)  # with it, that the two interleave to the original
+        assert corrupt(tokens, spans) == (
+            inputs,
+            target,
+        )  # with it, that the two interleave to the original
         assert len(spans) == num_spans
         assert sum(end - start for start, end in spans) == num_noise
         assert all(start < end for start, end in spans)
         ends = [0, *(end for _, end in spans)]
-        assert all(start > end for (start, _), end in zip(spans, ends, strict=False))  # text is before each span
+        assert all(
+            start > end for (start, _), end in zip(spans, ends, strict=False)
+        )  # text is before each span
         assert ends[-1] == len(tokens)  # parts alternate, text first: the last one is a span
-        assert [token for token in target if token > TOP - 1000] == list(range(TOP, TOP - num_spans, -1))
+        assert [token for token in target if token > TOP - 1000] == list(
+            range(TOP, TOP - num_spans, -1)
+        )
         assert shown == [START, *target[:-1]]
 
 
@@ -170,12 +182,20 @@ def compositions(total: int, parts: int) -> list[tuple[int, ...]]:
     """All ways to write `total` as a sum of `parts` positive numbers, in their order."""
     if parts == 1:
         return [(total,)]
-    return [(n, *rest) for n in range(1, total - parts + 2) for rest in compositions(total - n, parts - 1)]
+    return [
+        (n, *rest)
+        for n in range(1, total - parts + 2)
+        for rest in compositions(total - n, parts - 1)
+    ]
 
 
-@pytest.mark.parametrize(("total", "parts"), [(2, 1), (2, 2), (6, 2), (7, 3), (9, 4), (6, 6), (8, 7), (10, 5)])
+@pytest.mark.parametrize(
+    ("total", "parts"), [(2, 1), (2, 2), (6, 2), (7, 3), (9, 4), (6, 6), (8, 7), (10, 5)]
+)
 def test_segmentations_are_uniform(total, parts):
-    draws = generator(total * parts).bit_generator.random_raw(40_000 * (total - 1)).reshape(40_000, -1)
+    draws = (
+        generator(total * parts).bit_generator.random_raw(40_000 * (total - 1)).reshape(40_000, -1)
+    )
     lengths = t5.random_lengths(draws, parts)
     every = {composition: i for i, composition in enumerate(compositions(total, parts))}
     assert len(every) == math.comb(total - 1, parts - 1)
@@ -192,13 +212,18 @@ def test_corruptions_are_uniform():
     rows = np.tile(np.arange(LOWEST, LOWEST + collator.max_length, dtype=np.int32), (60_000, 1))
     batch = collate(collator, rows, generator(3))
     pairs = list(
-        itertools.product(compositions(collator.max_length - num_noise, num_spans), compositions(num_noise, num_spans))
+        itertools.product(
+            compositions(collator.max_length - num_noise, num_spans),
+            compositions(num_noise, num_spans),
+        )
     )
     every = {}
     for plain, noise in pairs:
         ends = np.cumsum([n for pair in zip(plain, noise, strict=True) for n in pair]).tolist()
         every[tuple(zip(ends[0::2], ends[1::2], strict=True))] = len(every)
-    found, times = np.unique(np.concatenate([batch["input_ids"], batch["labels"]], axis=1), axis=0, return_counts=True)
+    found, times = np.unique(
+        np.concatenate([batch["input_ids"], batch["labels"]], axis=1), axis=0, return_counts=True
+    )
     counts = np.zeros(len(every), np.int64)
     for row, count in zip(found.tolist(), times, strict=True):
         counts[every[tuple(spans_of(row[:9], row[9:]))]] = count
@@ -229,7 +254,9 @@ def test_corruption_does_not_depend_on_the_layout():
     rows = make_rows(48, collator.max_length)
     whole = collate(collator, rows, generator(6))
     for start in range(0, 48, 16):
-        part = collate(collator, rows[start : start + 16], generator(6, start * collator.max_length))
+        part = collate(
+            collator, rows[start : start + 16], generator(6, start * collator.max_length)
+        )
         assert all((part[name] == whole[name][start : start + 16]).all() for name in whole)
 
 
@@ -245,11 +272,17 @@ def test_sentinels_are_those_of_the_tokenizer():
     for tokenizer, ids in (
         (Tokenizer(100), range(TOP, TOP - 28, -1)),
         (Tokenizer(100, mark="▁"), range(TOP, TOP - 28, -1)),  # as mT5's
-        (Ascending(), range(32000, 32028)),  # as a tokenizer.json without sentinels gets them on loading
+        (
+            Ascending(),
+            range(32000, 32028),
+        ),  # as a tokenizer.json without sentinels gets them on loading
     ):
         batch = collate(t5.FlaxDataCollatorForT5MLM(tokenizer, 512), rows, generator())
         for name in ("input_ids", "labels"):
-            assert all([token for token in row if token >= 32000] == list(ids) for row in batch[name].tolist())
+            assert all(
+                [token for token in row if token >= 32000] == list(ids)
+                for row in batch[name].tolist()
+            )
 
 
 @pytest.mark.parametrize(("count", "length"), [(0, 512), (27, 512), (100, 4096)])
@@ -287,13 +320,19 @@ def make_model(family: str):
     model = FlaxAutoModelForSeq2SeqLM.from_config(config, _do_init=False)
     rng = np.random.default_rng(0)
     shapes = flatten_dict(model.params_shape_tree)
-    flat = {path: (x.ndim == 1) + 0.2 * rng.standard_normal(x.shape, np.float32) for path, x in shapes.items()}
+    flat = {
+        path: (x.ndim == 1) + 0.2 * rng.standard_normal(x.shape, np.float32)
+        for path, x in shapes.items()
+    }
     return config, model, unflatten_dict({path: x.astype(np.float32) for path, x in flat.items()})
 
 
 def model_batch():
     rng = np.random.default_rng(1)
-    batch = {name: rng.integers(2, VOCAB, (3, n), np.int32) for name, n in (("input_ids", 24), ("labels", 9))}
+    batch = {
+        name: rng.integers(2, VOCAB, (3, n), np.int32)
+        for name, n in (("input_ids", 24), ("labels", 9))
+    }
     batch["decoder_input_ids"] = np.insert(batch["labels"][:, :-1], 0, 0, axis=1)
     batch["attention_mask"] = np.ones_like(batch["input_ids"])
     batch["labels"][0, :5] = 0  # token 0 is a token
@@ -327,7 +366,12 @@ def test_a_configuration_of_transformers_5(tmp_path, tied, said):
         **said,
     }
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    flags = [f"--config_name={tmp_path}", f"--tokenizer_name={tmp_path}", "--output_dir=none", "--train_file=none"]
+    flags = [
+        f"--config_name={tmp_path}",
+        f"--tokenizer_name={tmp_path}",
+        "--output_dir=none",
+        "--train_file=none",
+    ]
     config, *_ = t5.load_config_and_tokenizer(t5.parse_args(flags))
     assert config.tie_word_embeddings is tied
 
@@ -368,7 +412,9 @@ def test_logits_are_never_whole():
     key = jax.random.key(0, impl=t5.DROPOUT_PRNG)
     step = jax.jit(jax.grad(lambda params: t5.loss_sums(params, batch, model, dropout_rng=key)[0]))
     shapes = set(re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", step.lower(params).compile().as_text()))
-    sizes = {math.prod(map(int, shape.split(","))) for shape in shapes if str(VOCAB) in shape.split(",")}
+    sizes = {
+        math.prod(map(int, shape.split(","))) for shape in shapes if str(VOCAB) in shape.split(",")
+    }
     tokens = batch["labels"].size
     piece = math.ceil(tokens / t5.PIECES)
     assert piece * VOCAB in sizes
@@ -382,11 +428,18 @@ def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
     model = type(model)(model.config, dtype=dtype, _do_init=False)
     batch = model_batch()
     inputs = {name: x for name, x in batch.items() if name != "labels"}
-    states = model(**inputs, params=params, output_hidden_states=True).decoder_hidden_states[-1].astype(dtype)
+    states = (
+        model(**inputs, params=params, output_hidden_states=True)
+        .decoder_hidden_states[-1]
+        .astype(dtype)
+    )
     kernel = params["shared"]["embedding"].T * model.config.d_model**-0.5
     exact = np.asarray(states, np.float64) @ np.asarray(kernel.astype(dtype), np.float64)
     labels = np.asarray(batch["labels"])
-    losses = np.log(np.exp(exact).sum(-1)) - np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    losses = (
+        np.log(np.exp(exact).sum(-1))
+        - np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    )
     loss, sums = t5.loss_sums(params, batch, model)
     assert all(value.dtype == jnp.float32 for value in (loss, *sums.values()))
     assert loss == pytest.approx(losses[labels != -100].sum(), rel=2e-6)
@@ -396,7 +449,9 @@ def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
 def test_clip_is_mended(family):
     """Relative positions are put in buckets as the T5 code of PyTorch has it, in whose words this is written."""
     _, model, _ = make_model(family)
-    module = sys.modules[type(model).__mro__[1].__module__ if family == "mt5" else type(model).__module__]
+    module = sys.modules[
+        type(model).__mro__[1].__module__ if family == "mt5" else type(model).__module__
+    ]
     attention = next(value for name, value in vars(module).items() if name.endswith("T5Attention"))
 
     def bucket(distance: int, bidirectional: bool, buckets: int = 32, furthest: int = 128) -> int:
@@ -412,7 +467,9 @@ def test_clip_is_mended(family):
         large = exact + math.log(distance / exact) / math.log(furthest / exact) * (buckets - exact)
         return offset + min(int(large + 1e-9), buckets - 1)
 
-    distances = np.array([x for x in range(-300, 301) if abs(x) not in (16, 32, 64, 128)])  # float32 may round there
+    distances = np.array(
+        [x for x in range(-300, 301) if abs(x) not in (16, 32, 64, 128)]
+    )  # float32 may round there
     for both in (True, False):
         found = attention._relative_position_bucket(jnp.asarray(distances), bidirectional=both)
         assert found.tolist() == [bucket(x, both) for x in distances.tolist()]
@@ -433,15 +490,32 @@ def write_start(directory: Path, corpus: Path, **config):
 
 
 def flags(start: Path, corpus: Path, output_dir: Path, *more: str) -> list[str]:
-    files = [f"--train_file={corpus / 'validation.txt'}", f"--tokenizer_name={start}", f"--output_dir={output_dir}"]
-    return ["run_t5_mlm_flax.py", *files, "--max_seq_length=64", "--per_device_train_batch_size=2", *more]
+    files = [
+        f"--train_file={corpus / 'validation.txt'}",
+        f"--tokenizer_name={start}",
+        f"--output_dir={output_dir}",
+    ]
+    return [
+        "run_t5_mlm_flax.py",
+        *files,
+        "--max_seq_length=64",
+        "--per_device_train_batch_size=2",
+        *more,
+    ]
 
 
 def test_the_documented_recipe_learns_its_sentinels(tmp_path, corpus, run_script):
     """Ids beyond the table would be clamped to its last row without a word: sentinels would be that piece, and every
     one of them the same. Here each has a row, and training moves it."""
     write_start(tmp_path, corpus)
-    argv = flags(tmp_path, corpus, tmp_path / "out", f"--config_name={tmp_path}", "--do_train", "--max_steps=3")
+    argv = flags(
+        tmp_path,
+        corpus,
+        tmp_path / "out",
+        f"--config_name={tmp_path}",
+        "--do_train",
+        "--max_steps=3",
+    )
     run = run_script([*argv, "--learning_rate=0.01"], env={"XLA_FLAGS": None})
     assert run.returncode == 0, run.stderr
     (warning,) = [line for line in run.stderr.splitlines() if "WARNING" in line]
@@ -466,7 +540,9 @@ def test_a_pretrained_model_keeps_its_table(tmp_path, corpus, run_script):
     write_start(tmp_path, corpus)
     _, model, params = make_model("t5")
     model.save_pretrained(tmp_path / "pretrained", params=params)
-    argv = flags(tmp_path, corpus, tmp_path / "out", f"--model_name_or_path={tmp_path / 'pretrained'}")
+    argv = flags(
+        tmp_path, corpus, tmp_path / "out", f"--model_name_or_path={tmp_path / 'pretrained'}"
+    )
     run = run_script(argv, env={"XLA_FLAGS": None})
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith("run_t5_mlm_flax.py: error: ")

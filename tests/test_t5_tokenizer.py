@@ -31,7 +31,12 @@ def tokenizer(corpus) -> SentencePieceUnigramTokenizer:
 def folder(corpus, tmp_path_factory) -> Path:
     """What the command line writes."""
     path = tmp_path_factory.mktemp("t5") / "deep" / "er"
-    assert main([f"--train_file={corpus / 'train.txt'}", f"--vocab_size={SIZE}", f"--output_dir={path}"]) == 0
+    assert (
+        main(
+            [f"--train_file={corpus / 'train.txt'}", f"--vocab_size={SIZE}", f"--output_dir={path}"]
+        )
+        == 0
+    )
     return path
 
 
@@ -48,7 +53,9 @@ def test_ids_of_special_tokens(tokenizer):
 
 
 def test_other_names_of_special_tokens(corpus):
-    tokenizer = SentencePieceUnigramTokenizer("_", False, unk_token="[UNK]", eos_token="[EOS]", pad_token="[PAD]")
+    tokenizer = SentencePieceUnigramTokenizer(
+        "_", False, unk_token="[UNK]", eos_token="[EOS]", pad_token="[PAD]"
+    )
     tokenizer.train_from_iterator(texts_of(corpus), vocab_size=SIZE, show_progress=False)
     assert [tokenizer.id_to_token(i) for i in range(3)] == ["[PAD]", "[EOS]", "[UNK]"]
     found = pieces(tokenizer, "the name")
@@ -73,7 +80,17 @@ def test_words_digits_and_punctuation_are_apart(tokenizer):
     assert all(len(piece) == 1 for piece in learned if alone.search(piece))
     assert max(map(len, learned)) > 4
     found = pieces(tokenizer, "In 2024, x[10]")
-    assert [piece for piece in found[:-1] if alone.search(piece)] == ["2", "0", "2", "4", ",", "[", "1", "0", "]"]
+    assert [piece for piece in found[:-1] if alone.search(piece)] == [
+        "2",
+        "0",
+        "2",
+        "4",
+        ",",
+        "[",
+        "1",
+        "0",
+        "]",
+    ]
 
 
 def test_eos_ends_every_text_and_each_of_a_pair(tokenizer):
@@ -95,11 +112,15 @@ def test_files_are_their_lines(tmp_path, corpus):
     texts = texts_of(corpus)[:60]
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     files[0].write_text("".join(f"{text}\n" for text in texts[:30]), encoding="utf-8")
-    files[1].write_bytes("\r\n".join(texts[30:]).encode())  # another system's line ends, none at the end
+    files[1].write_bytes(
+        "\r\n".join(texts[30:]).encode()
+    )  # another system's line ends, none at the end
     trained = [SentencePieceUnigramTokenizer() for _ in range(3)]
     trained[0].train([str(file) for file in files], vocab_size=300, show_progress=False)
     trained[1].train_from_iterator(iter(texts), vocab_size=300, show_progress=False)
-    trained[2].train_from_iterator((texts[i : i + 7] for i in range(0, 60, 7)), vocab_size=300, show_progress=False)
+    trained[2].train_from_iterator(
+        (texts[i : i + 7] for i in range(0, 60, 7)), vocab_size=300, show_progress=False
+    )
     assert len({tokenizer.to_str() for tokenizer in trained}) == 1
 
 
@@ -129,7 +150,10 @@ def test_the_documented_recipe(tokenizer, tmp_path):
     T5Config(vocab_size=tokenizer.get_vocab_size()).save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     check_t5(loaded, SIZE)
-    assert loaded("the name of 12 values")["input_ids"] == tokenizer.encode("the name of 12 values").ids
+    assert (
+        loaded("the name of 12 values")["input_ids"]
+        == tokenizer.encode("the name of 12 values").ids
+    )
 
 
 def test_the_command_line(folder, tokenizer, corpus):
@@ -145,7 +169,9 @@ def test_the_command_line(folder, tokenizer, corpus):
 
 def test_saved_again_it_is_the_same(folder, tmp_path):
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    first, second = (json.loads((path / "tokenizer.json").read_text()) for path in (folder, tmp_path))
+    first, second = (
+        json.loads((path / "tokenizer.json").read_text()) for path in (folder, tmp_path)
+    )
     assert first == second
 
 

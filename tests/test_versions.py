@@ -15,7 +15,10 @@ from training_scripts import Place, checkpoints, child_environment
 
 OTHER = os.environ.get("OTHER_PYTHON")
 STEPS = {"max_steps": 8, "save_steps": 4, "logging_steps": 1}
-pytestmark = [pytest.mark.smoke, pytest.mark.skipif(not OTHER, reason="OTHER_PYTHON names no other environment")]
+pytestmark = [
+    pytest.mark.smoke,
+    pytest.mark.skipif(not OTHER, reason="OTHER_PYTHON names no other environment"),
+]
 
 
 def run(python: str, place: Place, output_dir: str, **changes) -> str:
@@ -51,9 +54,18 @@ def test_checkpoints_and_weights_of_another_set(tmp_path, script, other_first):
 
     for kept in ("flax_model.msgpack", "model.safetensors"):
         folder = tmp_path / kept.partition(".")[0]
-        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("checkpoints", "*_results.json", "events.*"))
+        shutil.copytree(
+            whole,
+            folder,
+            ignore=shutil.ignore_patterns("checkpoints", "*_results.json", "events.*"),
+        )
         [(folder / name).unlink() for name in {"flax_model.msgpack", "model.safetensors"} - {kept}]
-        read = {"model_name_or_path": folder, "config_name": None, "tokenizer_name": None, "train_file": None}
+        read = {
+            "model_name_or_path": folder,
+            "config_name": None,
+            "tokenizer_name": None,
+            "train_file": None,
+        }
         run(two, place, f"read_{kept}", **read, do_eval=True)
         found = results(tmp_path / f"read_{kept}")["eval_loss"]
         assert found == pytest.approx(results(whole)["eval_loss"], rel=1e-4)

@@ -42,12 +42,16 @@ NUM_SENTINELS = 8
 def write_text(path: Path, lines: int, seed: int) -> Path:
     """Lines of 5 to 20 words, the frequent ones first in the vocabulary."""
     rng = random.Random(seed)
-    words = lambda: (f"w{min(NUM_WORDS - 1, int(rng.expovariate(0.1)))}" for _ in range(rng.randint(5, 20)))  # noqa: E731
+    words = lambda: (
+        f"w{min(NUM_WORDS - 1, int(rng.expovariate(0.1)))}" for _ in range(rng.randint(5, 20))
+    )  # noqa: E731
     path.write_text("".join(" ".join(words()) + "\n" for _ in range(lines)))
     return path
 
 
-def word_tokenizer(directory: Path, without: tuple[str, ...] = (), num_words: int = NUM_WORDS, sentinels: int = 0):
+def word_tokenizer(
+    directory: Path, without: tuple[str, ...] = (), num_words: int = NUM_WORDS, sentinels: int = 0
+):
     """One token a word, `<s> ... </s>` around each text, as a fast tokenizer; `without` some special tokens, and with
     `sentinels` in the manner of T5's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -55,10 +59,14 @@ def word_tokenizer(directory: Path, without: tuple[str, ...] = (), num_words: in
 
     special = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
     vocabulary = [*special.values(), *(f"w{i}" for i in range(num_words))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = [("<s>", 0), ("</s>", 2)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
     named = {f"{name}_token": word for name, word in special.items() if name not in without}
     if sentinels:
         named["additional_special_tokens"] = [f"<extra_id_{i}>" for i in reversed(range(sentinels))]
@@ -75,7 +83,10 @@ def tiny_model(model_type: str, sentinels: int = 0, **settings):
         from transformers import CONFIG_MAPPING
 
         tokenizer = word_tokenizer(directory, sentinels=sentinels)
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+        special = {
+            name: getattr(tokenizer, name)
+            for name in ("bos_token_id", "pad_token_id", "eos_token_id")
+        }
         values = {"vocab_size": len(tokenizer), **special, **settings, **changes}
         CONFIG_MAPPING[model_type](**values).save_pretrained(directory)
 
@@ -88,8 +99,12 @@ def tiny_model(model_type: str, sentinels: int = 0, **settings):
 def run_at_terminal(command: list[str], **options) -> bytes:
     """What a person sees of a command that succeeds, at a terminal of 80 columns."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # else it has no columns, and bars none
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, **options) as process:
+    fcntl.ioctl(
+        theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0)
+    )  # else it has no columns, and bars none
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, **options
+    ) as process:
         os.close(theirs)
         shown = b""
         try:
@@ -117,7 +132,9 @@ class Script:
     num_sentinels: int = 0  # of its tokenizer
     needs_model_type: bool = True  # without a config; else it has a default
     has_positions: bool = True  # a table of them, which limits the length
-    is_stream: bool = False  # nothing of the data is stored, and each process has a part of it for itself
+    is_stream: bool = (
+        False  # nothing of the data is stored, and each process has a part of it for itself
+    )
 
     def __str__(self):
         return self.name
@@ -180,7 +197,10 @@ SCRIPTS = [
             dropout_rate=0.1,
         ),
         no_dropout=("dropout_rate",),
-        modules=("transformers.models.t5.modeling_flax_t5", "transformers.models.longt5.modeling_flax_longt5"),
+        modules=(
+            "transformers.models.t5.modeling_flax_t5",
+            "transformers.models.longt5.modeling_flax_longt5",
+        ),
         width="d_model",
         block=34,  # 5 of them in 2 spans: 29, 2 sentinels and eos
         num_sentinels=NUM_SENTINELS,
@@ -210,7 +230,11 @@ SCRIPTS = [
     ),
 ]
 TEMPLATE = SCRIPTS[0]
-SCRIPTS.append(replace(TEMPLATE, name="run_mlm_flax_stream.py", flags=("--num_eval_samples=16",), is_stream=True))
+SCRIPTS.append(
+    replace(
+        TEMPLATE, name="run_mlm_flax_stream.py", flags=("--num_eval_samples=16",), is_stream=True
+    )
+)
 # For tests of what the scripts have word for word in common, as test_copies.py makes sure.
 template_alone = pytest.mark.only_where.with_args(lambda script, **others: script is TEMPLATE)
 
@@ -243,13 +267,19 @@ class Place:
     def flags(self, output_dir, **changes) -> list[str]:
         """A whole command line; a flag of True is a switch, one of None or False is left out."""
         flags = {**self.settings(output_dir), **changes}
-        given = {flag: value for flag, value in flags.items() if value is not None and value is not False}
-        return [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in given.items()]
+        given = {
+            flag: value for flag, value in flags.items() if value is not None and value is not False
+        }
+        return [
+            f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in given.items()
+        ]
 
     def start(self, output_dir, **options) -> "Run":
         """A run in the background, with flags, and with options of `ForkServer.start`."""
         forking = self.forking | {name: options.pop(name) for name in FORKING & options.keys()}
-        return server(self.script).start(self.flags(output_dir, **options), self.directory, **forking)
+        return server(self.script).start(
+            self.flags(output_dir, **options), self.directory, **forking
+        )
 
     def start_argv(self, argv: list[str]) -> "Run":
         """A run in the background, with a command line as it is."""
@@ -266,7 +296,11 @@ class Place:
 def checkpoints(output_dir: Path) -> list[int]:
     """The steps that have one."""
     folder = output_dir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+        if folder.exists()
+        else []
+    )
 
 
 def snapshot(directory: Path) -> dict:
@@ -277,7 +311,16 @@ def snapshot(directory: Path) -> dict:
 
 # ---------------------------------------------------------------------------------------------------- fork server
 
-FORKING = {"devices", "env", "kill_at", "kill_with", "compiles", "file_limit", "optimized", "change"}
+FORKING = {
+    "devices",
+    "env",
+    "kill_at",
+    "kill_with",
+    "compiles",
+    "file_limit",
+    "optimized",
+    "change",
+}
 
 
 class Run:
@@ -321,7 +364,9 @@ class Run:
     @property
     def lines(self) -> list[str]:
         """stderr without the log lines of a run in order: the errors and warnings, and whatever else is there."""
-        return [line for line in self.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d INFO ", line)]
+        return [
+            line for line in self.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d INFO ", line)
+        ]
 
 
 class ForkServer:
@@ -329,7 +374,11 @@ class ForkServer:
         self.directory, self.count, self.lock = directory, 0, threading.Lock()
         command = [sys.executable, __file__, str(script.path), *script.modules]
         self.process = subprocess.Popen(
-            command, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def ask(self, **request):
@@ -356,7 +405,10 @@ class ForkServer:
         request = {
             "argv": [str(argument) for argument in argv],
             "cwd": str(cwd),
-            "env": {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **(env or {})},
+            "env": {
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                **(env or {}),
+            },
             "streams": str(streams),
             "kill_at": list(kill_at),
             "kill_with": int(kill_with),
@@ -373,7 +425,10 @@ class ForkServer:
 
 
 def child_environment(devices: int = 2, **changes) -> dict[str, str]:
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
     return {**os.environ, **flags, "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **changes}
 
 

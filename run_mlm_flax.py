@@ -1325,7 +1325,7 @@ class TrainingLog:
     its totals, and `flush` fetches them when the devices have the next step to work on.
     """
 
-    def __init__(self, args, steps: range, steps_per_epoch: int):
+    def __init__(self, args, steps: range, steps_per_epoch: int | None):
         is_writer = jax.process_index() == 0
         self.writer = Writer(str(args.output_dir)) if is_writer else None
         self.show_bars = is_writer and not args.disable_tqdm and sys.stderr.isatty()
@@ -1368,10 +1368,10 @@ class TrainingLog:
             "train_tokens_per_second": sums["tokens"] / (now - self.last),
         }
         self.last = now
-        self.training_bar.set_postfix_str(
-            f"epoch {step / self.steps_per_epoch:.2f}, loss {self.results['train_loss']:.3f}, "
-            f"{self.results['train_tokens_per_second']:,.0f} tokens/s"
-        )
+        shown = [f"epoch {step / self.steps_per_epoch:.2f}"] if self.steps_per_epoch else []
+        shown.append(f"loss {self.results['train_loss']:.3f}")
+        shown.append(f"{self.results['train_tokens_per_second']:,.0f} tokens/s")
+        self.training_bar.set_postfix_str(", ".join(shown))
         self.scalars(self.results, step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:

@@ -20,7 +20,7 @@ the disk.
 #     "optax>=0.2.5,<0.3",
 #     "safetensors>=0.5,<1",
 #     "tensorboard>=2.19,<3",
-#     "tqdm>=4.66,<5",
+#     "tqdm>=4.66.3,<5",
 #     "transformers>=4.57.1,<5",
 # ]
 # ///
@@ -517,41 +517,56 @@ def load_texts(args):
 
     Returns two results of `select_text`, None where there is no such text. Raises InputError.
     """
-    # The argument trust_remote_code left datasets in version 4.
-    options = {"cache_dir": args.cache_dir, "token": args.token, "streaming": True}
+    splits = load_splits(args, streaming=True)
+    return splits.get("train"), splits.get("validation")
+
+
+def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
+    """Load the splits of --dataset_name, --train_file and --validation_file.
+
+    The splits train and validation are results of `select_text`. `text_options` are for .txt files,
+    `load_options` for all calls of `datasets.load_dataset`. Raises InputError.
+    """
+    load_options |= {"cache_dir": args.cache_dir, "token": args.token}
     if datasets.__version__ < "4":
-        options["trust_remote_code"] = args.trust_remote_code
-    loaders = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+        # Version 4 no longer takes this argument.
+        load_options["trust_remote_code"] = args.trust_remote_code
     splits = {}
     sources = {}
-
     if args.dataset_name:
         source = f"--dataset_name {args.dataset_name}"
         with input_errors(f"{source}: cannot be read"):
             splits = dict(
-                datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
+                datasets.load_dataset(args.dataset_name, args.dataset_config_name, **load_options)
             )
         sources = dict.fromkeys(splits, source)
     for split, file in (("train", args.train_file), ("validation", args.validation_file)):
-        if not file:
-            continue
-        sources[split] = f"--{split}_file {file}"
-        extension = Path(file).suffix.lower().lstrip(".")
-        if extension not in loaders:
-            raise InputError(f"{sources[split]}: its extension must be one of {', '.join(loaders)}")
-        with input_errors(f"{sources[split]}: cannot be read"):
-            splits[split] = datasets.load_dataset(
-                loaders[extension], data_files=[file], split="train", **options
-            )
+        if file:
+            sources[split] = f"--{split}_file {file}"
+            splits[split] = load_text_file(sources[split], file, text_options or {}, load_options)
 
-    texts = {"train": None, "validation": None}
-    for split in set(texts) & set(splits):
-        texts[split] = select_text(splits[split], args.text_column_name, sources[split])
-    has_data = "train" in splits or ("validation" in splits and not args.do_train)
+    for split in ("train", "validation"):
+        if split in splits:
+            splits[split] = select_text(splits[split], args.text_column_name, sources[split])
+    has_data = splits.get("train") or (splits.get("validation") and not args.do_train)
     if not has_data:
         source = next(iter(sources.values()))
         raise InputError(f"{source}: it has no training data, only {list(splits)}")
-    return texts["train"], texts["validation"]
+    return splits
+
+
+def load_text_file(source: str, file: str, text_options: dict, load_options: dict):
+    """Load a data file. `source` names it in the message of an InputError."""
+    loaders = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+    extension = Path(file).suffix.lower().lstrip(".")
+    if extension not in loaders:
+        raise InputError(f"{source}: its extension must be one of {', '.join(loaders)}")
+    if extension == "txt":
+        load_options = load_options | text_options
+    with input_errors(f"{source}: cannot be read"):
+        return datasets.load_dataset(
+            loaders[extension], data_files=[file], split="train", **load_options
+        )
 
 
 def select_text(dataset, column_name: str, source: str):
@@ -776,6 +791,13 @@ class StreamProgress:
         self.start = position
         self.position_after = {}  # by the step
         self.error = None
+
+    def raise_error(self, step: int) -> None:
+        """Raise InputError if the stream has ended by an error, after `step` is saved."""
+        if self.error:
+            raise InputError(
+                f"{self.error}; step {step} is saved, and the same command resumes there"
+            )
 
 
 def train_batches(blocks, collator, seed: int, steps: range, shape, progress: StreamProgress):
@@ -1543,7 +1565,6 @@ def find_checkpoints(args) -> list[Path]:
     The run's own come before those of another run that --resume_from_checkpoint names: the same
     command, given again, resumes where it was.
     """
-    check_output_dir(args)
     output_dir = Path(args.output_dir).absolute()
     if args.resume_from_checkpoint is None:
         return [] if args.overwrite_output_dir else list_checkpoints(output_dir)
@@ -1731,6 +1752,17 @@ def connect_hub(args):
     return upload
 
 
+def prepare_output(args):
+    """Find out what the run resumes from, and whether it can write and upload.
+
+    Returns the checkpoints to resume from, and the function that uploads, None without
+    --push_to_hub. Raises InputError.
+    """
+    check_output_dir(args)
+    upload = connect_hub(args) if args.push_to_hub else None
+    return find_checkpoints(args), upload
+
+
 def publish(args, config, upload) -> None:
     """Write a model card if there is none, and upload the output directory. Raises InputError."""
     card = Path(args.output_dir) / "README.md"
@@ -1864,8 +1896,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_with_one_line(1, args.distributed), process_settings(args) as stop:
         # One process writes. Find out before anything else whether it can.
         is_writer = not args.distributed or jax.process_index() == 0
-        checkpoints = find_checkpoints(args) if is_writer else []
-        upload = connect_hub(args) if args.push_to_hub and is_writer else None
+        checkpoints, upload = prepare_output(args) if is_writer else ([], None)
 
         # Load. The threads of the tokenizer read their number from the environment.
         if args.preprocessing_num_workers:
@@ -1941,11 +1972,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 if saver:
                     saver.wait(f"{args.output_dir}: the last save failed, those before are whole")
-                if progress.error:
-                    raise InputError(
-                        f"{progress.error}; step {step} is saved, and the same command resumes "
-                        "there"
-                    )
+                progress.raise_error(step)
             if saver and log.results:
                 write_results(args.output_dir, log.results, "train")
 

@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-"""From nothing to a trained masked-language model in a few minutes, without a download: `make quickstart`.
+"""From nothing to a trained masked language model in a few minutes, without a download.
 
+    make quickstart
     python quickstart.py [--directory quickstart] [--corpus_only]
 
-A language model takes a corpus (here the documentation that every Python carries), a tokenizer, a configuration, and
-one command, `python run_mlm_flax.py`, which this script prints and runs. Everything lands in one folder:
+A language model needs a corpus (here the documentation that is part of every Python), a tokenizer,
+a configuration, and one command, `python run_mlm_flax.py`, which this script prints and runs. It
+writes everything to one folder:
 
     corpus/train.txt, validation.txt    one paragraph a line
     start/                              tokenizer and configuration: the model before training
-    model/                              the trained model, its checkpoints, results and TensorBoard logs
+    model/                              the trained model, checkpoints, results, TensorBoard logs
     cache/                              tokenized data and compiled programs
 """
 
@@ -30,17 +32,28 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LENGTH = 64  # tokens a training sequence: a small model learns sooner to look around in a short one
-VOCAB_SIZE = (
-    4000  # small enough for a corpus of a million tokens, and the output layer is most of the work
-)
-VALIDATION_PART = 20  # one document of so many
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in the order of RoBERTa's ids
 
-TRAINING = {  # flags of run_mlm_flax.py
+# Tokens in a training sequence. A small model learns to use the context sooner if it is short.
+LENGTH = 64
+
+# Small enough for a corpus of a million tokens. The output layer is most of the work, so a small
+# vocabulary also makes training fast.
+VOCAB_SIZE = 4000
+
+# Every twentieth document is for validation.
+VALIDATION_INTERVAL = 20
+
+# Syntax nodes that can have a docstring.
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+# In the order of RoBERTa's ids.
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+# Flags of run_mlm_flax.py.
+TRAINING = {
     "max_seq_length": LENGTH,
-    "mlm_probability": 0.25,  # more to learn from each token than at 0.15
+    # Each sequence teaches more than with the usual 0.15.
+    "mlm_probability": 0.25,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
     "learning_rate": 2.5e-3,
@@ -53,6 +66,7 @@ TRAINING = {  # flags of run_mlm_flax.py
     "save_steps": 1000,
 }
 
+# The trained model fills the gaps in these sentences.
 QUESTIONS = (
     "Return a list<mask> all the names.",
     "This method<mask> called when the connection is lost.",
@@ -60,69 +74,95 @@ QUESTIONS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------- corpus
+# ---------------------------------------------------------------------------------------
+# Corpus
+# ---------------------------------------------------------------------------------------
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of `text`, each as one line with single spaces."""
-    for lines in re.split(r"\n[ \t]*\n", text):
-        if line := " ".join(lines.split()):
+    """Yield the paragraphs of `text`, each as one line with single spaces."""
+    for paragraph in re.split(r"\n[ \t]*\n", text):
+        line = " ".join(paragraph.split())
+        if line:
             yield line
 
 
 def python_documents() -> Iterator[str]:
-    """Help topics, docstrings and block comments of the Python that runs this and its standard library, in one order.
+    """Yield the help topics of this Python, then the documentation in its standard library.
 
-    Modules are parsed, never imported: importing some opens windows, browsers and files.
+    The order is always the same.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
-    topics = ast.parse((stdlib / "pydoc_data" / "topics.py").read_bytes())
-    for node in topics.body:
+    topics_module = ast.parse((stdlib / "pydoc_data" / "topics.py").read_bytes())
+    for node in topics_module.body:
         if isinstance(node, ast.Assign):
-            yield from (text for _, text in sorted(ast.literal_eval(node.value).items()))
+            topics = ast.literal_eval(node.value)
+            for name in sorted(topics):
+                yield topics[name]
     for path in sorted(stdlib.rglob("*.py"), key=lambda path: path.relative_to(stdlib).as_posix()):
-        if {"site-packages", "dist-packages"} & set(path.parts):
-            continue
-        try:
-            with tokenize.open(path) as file, warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # about old escapes in the tests of Python's own parser
-                source = file.read()
-                tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # more of these tests
-            continue
-        yield from (
-            ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, DOCUMENTED)
-        )
-        for block in re.findall(r"^(?:[ \t]*#.*\n){2,}", source, re.MULTILINE):
-            yield re.sub(r"^[ \t]*#[#:!]*", "", block, flags=re.MULTILINE)
+        if not {"site-packages", "dist-packages"} & set(path.parts):
+            yield from source_documents(path)
+
+
+def source_documents(path: Path) -> Iterator[str]:
+    """Yield the docstrings of a Python file, then its comments of two or more lines.
+
+    The file is parsed and not imported: some modules open windows, browsers or files on import.
+    """
+    try:
+        with tokenize.open(path) as file, warnings.catch_warnings():
+            # Tests of Python's parser contain invalid escape sequences.
+            warnings.simplefilter("ignore")
+            source = file.read()
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        # Other tests of the parser cannot be parsed at all.
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED):
+            yield ast.get_docstring(node) or ""
+    for comment in re.findall(r"^(?:[ \t]*#.*\n){2,}", source, re.MULTILINE):
+        yield re.sub(r"^[ \t]*#[#:!]*", "", comment, flags=re.MULTILINE)
 
 
 def build_corpus(directory: Path, documents: Iterable[str] | None = None) -> tuple[Path, Path]:
-    """Writes train.txt and validation.txt, one paragraph a line, none twice; each twentieth document is validation."""
-    seen, texts = set(), ([], [])
-    for number, document in enumerate(
-        python_documents() if documents is None else documents, start=1
-    ):
+    """Write train.txt and validation.txt, one paragraph a line, and return their paths.
+
+    Every twentieth document is for validation. A paragraph that occurs again is left out.
+    """
+    if documents is None:
+        documents = python_documents()
+    train_lines = []
+    validation_lines = []
+    seen = set()
+    for number, document in enumerate(documents, start=1):
+        is_validation = number % VALIDATION_INTERVAL == 0
+        lines = validation_lines if is_validation else train_lines
         for paragraph in paragraphs(document):
             if paragraph not in seen:
                 seen.add(paragraph)
-                texts[number % VALIDATION_PART == 0].append(paragraph + "\n")
+                lines.append(paragraph + "\n")
+
     directory.mkdir(parents=True, exist_ok=True)
-    train_file, validation_file = directory / "train.txt", directory / "validation.txt"
-    for path, lines in zip((train_file, validation_file), texts, strict=True):
+    train_file = directory / "train.txt"
+    validation_file = directory / "validation.txt"
+    for path, lines in ((train_file, train_lines), (validation_file, validation_lines)):
         path.write_bytes("".join(lines).encode("utf-8", "replace"))
     return train_file, validation_file
 
 
-# ------------------------------------------------------------------------------------- tokenizer, configuration
+# ---------------------------------------------------------------------------------------
+# Tokenizer and configuration
+# ---------------------------------------------------------------------------------------
 
 
 def train_tokenizer(
     files: list[Path], directory: Path, vocab_size: int = VOCAB_SIZE, max_length: int = LENGTH
 ):
-    """Trains a byte-level BPE tokenizer and saves it as RoBERTa's, which puts <s> and </s> around every text."""
+    """Train a byte-level BPE tokenizer and save it as RoBERTa's.
+
+    RoBERTa's tokenizer puts <s> and </s> around every text.
+    """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaTokenizerFast
 
@@ -147,7 +187,7 @@ def train_tokenizer(
 def write_config(
     directory: Path, tokenizer, max_length: int = LENGTH, layers=2, width=128, heads=4
 ):
-    """Writes the configuration of a small RoBERTa that fits `tokenizer`."""
+    """Write the configuration of a small RoBERTa that fits `tokenizer`."""
     from transformers import RobertaConfig
 
     config = RobertaConfig(
@@ -156,11 +196,12 @@ def write_config(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=4 * width,
-        max_position_embeddings=max_length
-        + tokenizer.pad_token_id
-        + 1,  # RoBERTa counts from the pad id on
-        initializer_range=0.08,  # 1 / sqrt(width) or so: attention starts less uniform than with 0.02
-        hidden_dropout_prob=0.0,  # a few passes over the data do not overfit
+        # RoBERTa numbers its positions from the pad id plus one.
+        max_position_embeddings=max_length + tokenizer.pad_token_id + 1,
+        # About 1 / sqrt(width). Attention starts less uniform than with the usual 0.02.
+        initializer_range=0.08,
+        # A few passes over the data do not overfit.
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         type_vocab_size=1,
         bos_token_id=tokenizer.bos_token_id,
@@ -171,12 +212,15 @@ def write_config(
     return config
 
 
-# ------------------------------------------------------------------------------------------- training and after
+# ---------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------
 
 
 def training_command(
     directory: Path, train_file: Path, validation_file: Path, **changes
 ) -> list[str]:
+    """Make the command that trains and evaluates. `changes` replaces or adds flags."""
     flags = {
         "output_dir": directory / "model",
         "overwrite_output_dir": True,
@@ -191,37 +235,70 @@ def training_command(
         **TRAINING,
         **changes,
     }
-    arguments = [
-        f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()
-    ]
-    return [sys.executable, str(HERE / "run_mlm_flax.py"), *arguments]
+    command = [sys.executable, str(HERE / "run_mlm_flax.py")]
+    for flag, value in flags.items():
+        command.append(f"--{flag}" if value is True else f"--{flag}={value}")
+    return command
+
+
+def print_command(command: list[str]) -> None:
+    """Print a command of Python as a person would type it, on several lines."""
+    _, script, *flags = command
+    words = ["python", shlex.quote(shown(Path(script))), *map(shlex.quote, flags)]
+    lines = textwrap.wrap(" ".join(words), 74, break_long_words=False, break_on_hyphens=False)
+    print(" \\\n    ".join(lines), flush=True)
+
+
+def run(command: list[str]) -> int:
+    """Run `command` and return its exit status. Its log is wrapped to 80 columns.
+
+    Ctrl-C is ignored here: the command handles it, and saves a checkpoint before it ends.
+    """
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
+    # Not SIG_IGN, which the command would inherit.
+    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            print(textwrap.fill(line.rstrip(), 80, subsequent_indent=" " * 9), flush=True)
+    signal.signal(signal.SIGINT, previous)
+    return process.returncode
+
+
+# ---------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------
 
 
 def frequency_loss(tokenizer, train_file: Path, validation_file: Path) -> float:
-    """Mean cross-entropy of the validation tokens, in nats, if each is guessed by its frequency in training alone."""
+    """Compute the validation loss of a model that only knows the frequency of each token.
+
+    This is the mean cross-entropy in nats. The frequencies are those of the training text.
+    """
     import numpy as np
 
-    def counts(file):
+    def token_counts(file):
         lines = file.read_text(encoding="utf-8").splitlines()
         encoded = tokenizer(
             lines, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        return np.bincount(np.concatenate(encoded).astype(int), minlength=len(tokenizer))
+        )
+        token_ids = np.concatenate(encoded["input_ids"]).astype(int)
+        return np.bincount(token_ids, minlength=len(tokenizer))
 
-    frequencies = counts(train_file) + 0.1  # a token not seen in training is rare, not impossible
-    return float(
-        -np.average(np.log(frequencies / frequencies.sum()), weights=counts(validation_file))
-    )
+    # A token that is not in the training text is rare, not impossible.
+    counts = token_counts(train_file) + 0.1
+    log_probabilities = np.log(counts / counts.sum())
+    return float(-np.average(log_probabilities, weights=token_counts(validation_file)))
 
 
 def fill_mask(model_directory: Path, text: str, count: int = 3) -> list[tuple[str, float]]:
-    """The `count` likeliest tokens in place of <mask>, with their probabilities."""
+    """Find the `count` most likely tokens in place of <mask>, with their probabilities."""
     import jax
     import numpy as np
     import transformers
     from transformers import AutoTokenizer, FlaxAutoModelForMaskedLM
 
-    transformers.logging.set_verbosity_error()  # a notice that Transformers 5 has no Flax classes
+    # Hide the notice that Transformers 5 has no Flax classes.
+    transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = FlaxAutoModelForMaskedLM.from_pretrained(model_directory)
     inputs = tokenizer(text, return_tensors="np")
@@ -231,87 +308,95 @@ def fill_mask(model_directory: Path, text: str, count: int = 3) -> list[tuple[st
     return [(tokenizer.decode(int(token)), float(probabilities[token])) for token in best]
 
 
-def run(command: list[str]) -> int:
-    """Runs `command` with its log folded to 80 columns. Ctrl-C is left to the command, which saves before it ends."""
-    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
-    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            print(textwrap.fill(line.rstrip(), 80, subsequent_indent=" " * 9), flush=True)
-    signal.signal(signal.SIGINT, previous)
-    return process.returncode
+def print_results(model_directory: Path, baseline_loss: float) -> None:
+    """Print the evaluation of the trained model, and how it fills the gaps of QUESTIONS."""
+    results = json.loads((model_directory / "eval_results.json").read_text())
+    for name, value in results.items():
+        print(f"{name:20}{value:10.4f}")
+    print(f"A guess by the frequency of tokens alone has a loss of {baseline_loss:.4f}.")
+    for question in QUESTIONS:
+        print(f"\n{question.replace('<mask>', ' ____')}")
+        for token, probability in fill_mask(model_directory, question):
+            print(f"    {token:20}{probability:6.1%}")
 
 
-def heading(text: str):
+def print_heading(text: str) -> None:
+    """Print an underlined heading."""
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
 def shown(path: Path) -> str:
-    """`path` as a person would type it."""
+    """Return `path` as a person would type it: relative, if it is below the current folder."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
+# ---------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Build the corpus, train the model and show what it learned. Returns the exit status."""
     parser = argparse.ArgumentParser(
-        description="Train a small masked-language model on Python's own documentation."
+        description="Train a small masked language model on Python's own documentation."
     )
     parser.add_argument(
-        "--directory", type=Path, default=Path("quickstart"), help="where all goes (%(default)s)"
+        "--directory",
+        type=Path,
+        default=Path("quickstart"),
+        help="Folder to write everything to. Default: %(default)s.",
     )
-    parser.add_argument("--corpus_only", action="store_true", help="stop before the training")
     parser.add_argument(
-        "--max_steps", type=int, default=TRAINING["max_steps"], help="of training (%(default)s)"
+        "--corpus_only",
+        action="store_true",
+        help="Stop before the training, after the corpus, the tokenizer and the configuration.",
+    )
+    parser.add_argument(
+        "--max_steps",
+        type=int,
+        default=TRAINING["max_steps"],
+        help="Number of training steps. Default: %(default)s.",
     )
     args = parser.parse_args(argv)
-    start = time.monotonic()
+    start_time = time.monotonic()
 
-    heading("1. Corpus, tokenizer, configuration")
+    print_heading("1. Corpus, tokenizer, configuration")
     train_file, validation_file = build_corpus(args.directory / "corpus")
-    sizes = [path.stat().st_size / 1e6 for path in (train_file, validation_file)]
-    print(f"{sizes[0]:.1f} MB of Python's documentation to train on: {shown(train_file)}")
-    print(f"{sizes[1]:.1f} MB to evaluate on: {shown(validation_file)}")
-    tokenizer = train_tokenizer([train_file], args.directory / "start")
-    config = write_config(args.directory / "start", tokenizer)
-    guess = frequency_loss(tokenizer, train_file, validation_file)
+    train_megabytes = train_file.stat().st_size / 1e6
+    validation_megabytes = validation_file.stat().st_size / 1e6
+    print(f"{train_megabytes:.1f} MB of Python's documentation to train on: {shown(train_file)}")
+    print(f"{validation_megabytes:.1f} MB to evaluate on: {shown(validation_file)}")
+    start_directory = args.directory / "start"
+    tokenizer = train_tokenizer([train_file], start_directory)
+    config = write_config(start_directory, tokenizer)
+    baseline_loss = frequency_loss(tokenizer, train_file, validation_file)
     print(
-        f"Byte-level BPE of {len(tokenizer)} tokens and a RoBERTa of {config.num_hidden_layers} layers of"
+        f"Byte-level BPE of {len(tokenizer)} tokens and a RoBERTa of "
+        f"{config.num_hidden_layers} layers of\n"
+        f"width {config.hidden_size}: {shown(start_directory)}"
     )
-    print(f"width {config.hidden_size}: {shown(args.directory / 'start')}")
     if args.corpus_only:
         return 0
 
-    heading("2. Training")
+    print_heading("2. Training")
     command = training_command(
         args.directory, train_file, validation_file, max_steps=args.max_steps
     )
-    name, *flags = (
-        shlex.quote(shown(Path(word)) if word.endswith(".py") else word) for word in command[1:]
-    )
-    lines = textwrap.wrap(
-        f"python {name} {' '.join(flags)}", 74, break_long_words=False, break_on_hyphens=False
-    )
-    print(" \\\n    ".join(lines), flush=True)
+    print_command(command)
     status = run(command)
     if status:
         return status
 
-    heading("3. What it learned")
-    model = args.directory / "model"
-    for name, value in json.loads((model / "eval_results.json").read_text()).items():
-        print(f"{name:20}{value:10.4f}")
-    print(f"A guess by the frequency of tokens alone has a loss of {guess:.4f}.")
-    for question in QUESTIONS:
-        print(f"\n{question.replace('<mask>', ' ____')}")
-        for token, probability in fill_mask(model, question):
-            print(f"    {token:20}{probability:6.1%}")
+    print_heading("3. What it learned")
+    model_directory = args.directory / "model"
+    print_results(model_directory, baseline_loss)
 
-    heading("4. Next")
-    print(
-        f"Look at the curves:   {shown(Path(sys.executable).parent / 'tensorboard')} --logdir {shown(model)}"
-    )
+    print_heading("4. Next")
+    tensorboard = shown(Path(sys.executable).parent / "tensorboard")
+    print(f"Look at the curves:   {tensorboard} --logdir {shown(model_directory)}")
     print("Train on your text:   the command above with --train_file=YOURS.txt")
-    print(f"This took {time.monotonic() - start:.0f} s.")
+    print(f"This took {time.monotonic() - start_time:.0f} s.")
     return 0
 
 

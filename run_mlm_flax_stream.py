@@ -1270,7 +1270,7 @@ def simplify_help(parser) -> None:
             action.nargs = 0
         if not action.choices:
             action.metavar = action.dest.split("_")[-1].upper()
-        if action.default in (None, False, "None", "False"):
+        if str(action.default) in ("None", "False"):
             # A help text that mentions its default gets no "(default: None)".
             action.help += "%(default).0s"
 

@@ -1,6 +1,8 @@
-"""run_bert_flax.py: what it measures, and that bfloat16 computes the same but for its rounding."""
+"""What run_bert_flax.py measures, and that bfloat16 differs from float32 only by rounding."""
 
 import re
+import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,8 @@ SIZES = {
     "max_position_embeddings": 40,
     "pad_token_id": 0,
 }
-OWN = {
+# Settings that some families have in place of, or besides, those of SIZES.
+FAMILY_SETTINGS = {
     "albert": {"embedding_size": 16},
     "big_bird": {"attention_type": "original_full"},
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
@@ -39,7 +42,7 @@ OWN = {
 
 
 def make_config(family: str):
-    return CONFIG_MAPPING[family](**{**SIZES, **OWN.get(family, {})})
+    return CONFIG_MAPPING[family](**{**SIZES, **FAMILY_SETTINGS.get(family, {})})
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +52,19 @@ def tiny_bert(tmp_path_factory):
     return directory
 
 
-def products(program) -> list:
-    """All matrix products of a program, of those that it calls as well."""
+def find_products(jaxpr) -> list:
+    """Find all matrix products in a jaxpr and in those that it calls."""
     found = []
-    for equation in program.eqns:
-        if (
-            equation.primitive is jax.lax.dot_general_p
-            and equation.params["dimension_numbers"][0][0]
-        ):
-            found.append(equation)  # others sum up nothing: they scale by a mask of heads
+    for equation in jaxpr.eqns:
+        if equation.primitive is jax.lax.dot_general_p:
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            # A product that contracts no dimension adds nothing up: it scales by a head mask.
+            if contracted:
+                found.append(equation)
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
-            found += products(inner) if hasattr(inner, "eqns") else []
+            if hasattr(inner, "eqns"):
+                found += find_products(inner)
     return found
 
 
@@ -69,22 +73,23 @@ def test_bfloat16_is_close_and_all_its_products_accumulate_in_float32(family):
     config = make_config(family)
     model = FlaxAutoModel.from_config(config, _do_init=False)
     params = model.init_weights(jax.random.key(0), (1, 1))
-    ids = np.random.default_rng(0).integers(0, 99, (4, 32))
-    exact = model(ids, params=params).last_hidden_state
+    input_ids = np.random.default_rng(0).integers(0, 99, (4, 32))
+    exact = model(input_ids, params=params).last_hidden_state
     for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):
         encode, weights = bert.make_encoder(config, params, precision)
-        found = products(jax.make_jaxpr(encode)(weights, ids).jaxpr)
-        assert (
-            len(found) >= 12
-        )  # queries, keys, values, scores, weighted values, output of each layer, at least
-        assert all(str(equation.outvars[0].aval.dtype) == "float32" for equation in found)
-        assert all(str(x.aval.dtype) == precision for equation in found for x in equation.invars)
-        output = encode(weights, ids).astype(jnp.float32)
+        products = find_products(jax.make_jaxpr(encode)(weights, input_ids).jaxpr)
+        # Each of the two layers has at least the queries, keys, values, scores, weighted values and
+        # the output.
+        assert len(products) >= 12
+        for product in products:
+            assert str(product.outvars[0].aval.dtype) == "float32"
+            assert all(str(operand.aval.dtype) == precision for operand in product.invars)
+        output = encode(weights, input_ids).astype(jnp.float32)
         assert np.linalg.norm(output - exact) < tolerance * np.linalg.norm(exact)
 
 
 def test_accumulation_is_that_of_a_slow_sum():
-    """A sum of 4,096 products in bfloat16 would be off by percents, or stop growing."""
+    """A sum of 4,096 products in bfloat16 would be wrong by percents, or stop growing."""
     x = jnp.full((1, 4096), 1 / 8, jnp.bfloat16)
     sums = bert.accumulate_in_float32(lambda x: {"sum": jax.jit(jnp.matmul)(x, x.T)})(x)
     assert sums["sum"].dtype == jnp.bfloat16
@@ -92,23 +97,37 @@ def test_accumulation_is_that_of_a_slow_sum():
 
 
 def test_flops_are_those_of_the_formula():
-    """Per layer, batch x length tokens and width d: 4 products with d x d, 2 with d x 4 d, and 2 of attention."""
-    batch, length, width, layers, inner = 3, 16, 32, 2, 64
+    """Each layer has four matrices in attention and two in the feed-forward part.
+
+    It also computes the scores of attention and the weighted values.
+    """
+    batch = 3
+    length = 16
+    width = SIZES["hidden_size"]
+    layers = SIZES["num_hidden_layers"]
+    inner = SIZES["intermediate_size"]
     config = make_config("bert")
     model = FlaxAutoModel.from_config(config, _do_init=False, add_pooling_layer=False)
     params = model.init_weights(jax.random.key(0), (1, 1))
-    ids = jnp.ones((batch, length), jnp.int32)
-    program = jax.make_jaxpr(lambda params: model(ids, params=params, return_dict=False)[0])(params)
-    tokens = batch * length
-    assert bert.count_flops(program.jaxpr) == layers * 2 * tokens * (
-        4 * width**2 + 2 * width * inner + 2 * length * width
-    )
+    input_ids = jnp.ones((batch, length), jnp.int32)
+
+    def forward(params):
+        return model(input_ids, params=params, return_dict=False)[0]
+
+    found = bert.count_flops(jax.make_jaxpr(forward)(params).jaxpr)
+    multiplications_per_token = 4 * width**2 + 2 * width * inner + 2 * length * width
+    assert found == layers * 2 * batch * length * multiplications_per_token
 
 
-def test_each_call_is_waited_for_and_functions_take_turns():
+def test_functions_take_turns_and_each_call_is_timed():
     calls = []
-    functions = {name: lambda name=name: calls.append(name) or jnp.zeros(3) for name in ("a", "b")}
-    seconds = bert.timed(functions, num_warmup=2, num_iters=3)
+
+    def call(name):
+        calls.append(name)
+        return jnp.zeros(3)
+
+    functions = {name: partial(call, name) for name in ("a", "b")}
+    seconds = bert.time_calls(functions, num_warmup=2, num_iters=3)
     assert calls == ["a", "b"] * 5
     assert {name: values.shape for name, values in seconds.items()} == {"a": (3,), "b": (3,)}
     assert all((values > 0).all() for values in seconds.values())
@@ -126,36 +145,40 @@ def small_product(monkeypatch):
     "flags", [["--precision=float32"], ["--precision", "bfloat16"], ["--compare"]]
 )
 def test_report(tiny_bert, capsys, flags):
-    assert bert.cli_of_benchmark([f"--model_name_or_path={tiny_bert}", *FAST, *flags]) == 0
+    bert.main([f"--model_name_or_path={tiny_bert}", *FAST, *flags])
     printed = capsys.readouterr().out
-    rows = re.findall(
-        r"^(float32|bfloat16) +[\d.,]+ +[\d,]+ +[\d.,]+ +[\d.,]+ +[\d,]+ +\d+% of [\d,]+$",
-        printed,
-        re.M,
-    )
-    assert rows == (
-        ["float32", "bfloat16"]
-        if flags == ["--compare"]
-        else [flags[-1].removeprefix("--precision=")]
-    )
-    assert re.search(r"^Relative error .*: 0\.\d+%\.$", printed, re.M)
-    assert ("times as fast" in printed) == (flags == ["--compare"])
+    compares = flags == ["--compare"]
+    chosen = ["float32", "bfloat16"] if compares else [flags[-1].removeprefix("--precision=")]
+    row = r"^(float32|bfloat16) +[\d.,]+ +[\d,]+ +[\d.,]+ +[\d.,]+ +[\d,]+ +\d+% of [\d,]+$"
+    assert re.findall(row, printed, re.MULTILINE) == chosen
+    assert re.search(r"^Relative error .*: 0\.\d+%\.$", printed, re.MULTILINE)
+    assert ("times as fast" in printed) == compares
     assert max(map(len, printed.splitlines())) <= 110
 
 
+def test_command_line_is_read_without_arguments(tiny_bert, capsys, monkeypatch):
+    command = ["run_bert_flax.py", f"--model_name_or_path={tiny_bert}", *FAST]
+    monkeypatch.setattr(sys, "argv", command)
+    bert.main()
+    assert "2 x 16 tokens" in capsys.readouterr().out
+
+
 def test_default_model_falls_back_to_random_weights_of_its_size(capsys, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(
-        bert.FlaxAutoModel, "from_config", lambda config, **_: sizes.append(config) or 1 / 0
-    )
-    with pytest.raises(ZeroDivisionError):
-        bert.load(bert.read_args([]))
+    configs = []
+
+    class StopHere(Exception):
+        """Raised in place of the initialization, which takes long for a model of this size."""
+
+    def from_config(config, **options):
+        configs.append(config)
+        raise StopHere
+
+    monkeypatch.setattr(bert.FlaxAutoModel, "from_config", from_config)
+    with pytest.raises(StopHere):
+        bert.load_encoder(bert.read_args([]))
     assert "random weights" in capsys.readouterr().out
-    assert (sizes[0].model_type, sizes[0].hidden_size, sizes[0].num_hidden_layers) == (
-        "bert",
-        768,
-        12,
-    )
+    (config,) = configs
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("bert", 768, 12)
 
 
 def test_pytorch_weights_are_read(tiny_bert, tmp_path):
@@ -163,19 +186,16 @@ def test_pytorch_weights_are_read(tiny_bert, tmp_path):
 
     import run_mlm_flax
 
-    config, params = (
-        AutoConfig.from_pretrained(tiny_bert),
-        FlaxAutoModel.from_pretrained(tiny_bert).params,
-    )
-    config.save_pretrained(tmp_path)
-    save_file(
-        run_mlm_flax.to_pytorch(params), tmp_path / "model.safetensors", metadata={"format": "pt"}
-    )
-    read = bert.load(bert.read_args([f"--model_name_or_path={tmp_path}", *FAST]))[1]
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, read))
+    AutoConfig.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    params = FlaxAutoModel.from_pretrained(tiny_bert).params
+    weights = run_mlm_flax.to_pytorch(params)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, loaded = bert.load_encoder(bert.read_args([f"--model_name_or_path={tmp_path}", *FAST]))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, loaded))
 
 
-BAD = {
+# Flags, exit status, and what the message has to name.
+BAD_INPUT = {
     "precision": (["--precision=float16"], 2, ["--precision", "float16"]),
     "unknown": (["--batchsize=3"], 2, ["--batchsize"]),
     "no passes": (["--num_iters=0"], 2, ["--num_iters 0", "at least 1"]),
@@ -186,16 +206,17 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_gets_one_line(case, tiny_bert, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text((tiny_bert / "config.json").read_text())
     (tmp_path / "broken" / "flax_model.msgpack").write_bytes(b"no weights")
     CONFIG_MAPPING["gpt2"]().save_pretrained(tmp_path / "gpt2")
-    flags, status, words = BAD[case]
-    assert bert.cli_of_benchmark([f"--model_name_or_path={tiny_bert}", *flags]) == status
-    printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
+    flags, status, words = BAD_INPUT[case]
+    with pytest.raises(SystemExit) as stopped:
+        bert.main([f"--model_name_or_path={tiny_bert}", *flags])
+    assert stopped.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("run_bert_flax.py: error: ")
     assert all(word in line for word in words), line

@@ -1,20 +1,33 @@
 #!/usr/bin/env python
 """Span-masked language modeling (T5, mT5, LongT5) with JAX/Flax on CPU, GPU or TPU.
-The objective is T5's (Raffel et al., 2019, https://arxiv.org/abs/1910.10683, section 3.1.4): 15% of the tokens are
-left out, in spans of 3 on average. In the input a sentinel stands for each span; the target is the sentinels, each
-followed by its span.
+
+The objective is T5's (Raffel et al., 2019, https://arxiv.org/abs/1910.10683, section 3.1.4). 15% of
+the tokens are left out, in spans of 3 on average. In the input a sentinel stands for each span. The
+target is the sentinels, each followed by the tokens of its span.
 
     python t5_tokenizer_model.py --train_file corpus.txt --vocab_size 32000 --output_dir my-t5
     python run_t5_mlm_flax.py --output_dir=my-t5/trained --model_type=t5 --tokenizer_name=my-t5 \
-        --train_file=corpus.txt --max_seq_length=512 --adafactor --learning_rate=0.005 --warmup_steps=2000
+        --train_file=corpus.txt --max_seq_length=512 --adafactor --learning_rate=0.005 \
+        --warmup_steps=2000
 """
+
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["datasets>=3.6,<6", "flax>=0.10.7,<0.13", "huggingface_hub>=0.34,<1", "jax>=0.6.2,<0.13",
-#     "numpy>=2,<3", "optax>=0.2.5,<0.3", "orbax-checkpoint>=0.11.16,<0.13", "safetensors>=0.5,<1",
-#     "tensorboard>=2.19,<3", "transformers>=4.57.1,<5"]
+# dependencies = [
+#     "datasets>=3.6,<6",
+#     "flax>=0.10.7,<0.13",
+#     "huggingface_hub>=0.34,<1",
+#     "jax>=0.6.2,<0.13",
+#     "numpy>=2,<3",
+#     "optax>=0.2.5,<0.3",
+#     "safetensors>=0.5,<1",
+#     "tensorboard>=2.19,<3",
+#     "tqdm>=4.66.3,<5",
+#     "transformers>=4.57.1,<5",
+# ]
 # ///
 
+import hashlib
 import json
 import logging
 import math
@@ -26,12 +39,13 @@ import tempfile
 import time
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import datasets
 import flax.linen as nn
@@ -40,341 +54,774 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import transformers
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tensorboard.summary import Writer
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoTokenizer, FlaxAutoModelForSeq2SeqLM, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 logger = logging.getLogger(__name__)
-DROPOUT_PRNG = "rbg"  # the fast generator of jax.random; its bits depend on the key and the kind of device alone
-IGNORE = -100  # the label of a token that is not predicted
-PIECES = 8  # the logits of a batch are computed in so many, one after the other
-FAMILIES = ("longt5", "mt5", "t5")  # of models with sentinels and relative positions
-CheckpointOptions = partial(ocp.CheckpointManagerOptions, create=False, enable_async_checkpointing=False,
-    multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}))
+
+# Label of a token that is not predicted. The loss skips it.
+IGNORE = -100
+
+# The class that builds the model from a config or loads it.
+MODEL_CLASS = FlaxAutoModelForMaskedLM
+
+# Model families with sentinels and relative positions.
+FAMILIES = ("longt5", "mt5", "t5")
+
+# The logits of a batch are computed in this many pieces, one after the other.
+PIECES = 8
+
+# Generator of the dropout masks. "rbg" is the fastest on TPUs. Its bits depend on the key and the
+# kind of device alone, so a resumed run draws the same masks.
+DROPOUT_PRNG = "rbg"
+
+# Signals that stop a run after the current step. The run saves a checkpoint first.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# Files of a checkpoint, which is the folder checkpoints/STEP.
+STATE_FILE = "state.safetensors"
+RUN_FILE = "run.json"
+
 
 class InputError(Exception):
-    """What a user can mend: printed as one line, without a traceback."""
+    """An error the user can fix. `main` prints it as one line, without a traceback."""
 
-def require(condition, message: str):
-    if not condition:
-        raise InputError(message)
 
-def explain(what: str, function, *args, **kwargs):
-    """`function(*args, **kwargs)`; what a library raises there becomes an InputError, `what` and the first cause."""
+@contextmanager
+def input_errors(what: str):
+    """Turn an error that a library raises in the block into an InputError.
+
+    The message is `what`, followed by the message of the error's first cause.
+    """
     try:
-        return function(*args, **kwargs)
+        yield
+    except InputError:
+        raise
     except Exception as error:
-        while error.__cause__:
-            error = error.__cause__
-        raise InputError(f"{what}: {str(error)[:400] or type(error).__name__}") from error
+        cause = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        raise InputError(f"{what}: {str(cause)[:400] or type(cause).__name__}") from error
+
+
+# ---------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------
+
 
 @dataclass
 class ModelArguments:
+    """Which model and tokenizer to train or evaluate."""
+
     _argument_group_name = "model"
-    model_name_or_path: str | None = HfArg(default=None, help="Hub id or folder of a model to go on from.")
-    model_type: str | None = HfArg(default=None, help="Family of a model to train from scratch.")
-    config_name: str | None = HfArg(default=None, help="Hub id or folder of a config, if not the model's.")
-    tokenizer_name: str | None = HfArg(default=None, help="Hub id or folder of a tokenizer, if not the model's.")
-    cache_dir: str | None = HfArg(default=None, help="Folder for downloads, tokenized data and compiled programs.")
-    token: str | None = HfArg(default=None, help="Hub token for private models and datasets.", repr=False)
-    use_fast_tokenizer: bool = HfArg(default=True, help="Tokenizer of the tokenizers library; with no_: in Python.")
-    dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="Activations; weights: float32.")
-    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model or dataset.")
+    model_name_or_path: str | None = HfArg(
+        default=None,
+        help="Hub id or folder of a pretrained model to continue training or to evaluate.",
+    )
+    model_type: str | None = HfArg(
+        default=None,
+        help="Model family to train from scratch with its default config, such as roberta.",
+    )
+    config_name: str | None = HfArg(
+        default=None, help="Hub id or folder of a config, if it is not that of the model."
+    )
+    tokenizer_name: str | None = HfArg(
+        default=None, help="Hub id or folder of a tokenizer, if it is not that of the model."
+    )
+    cache_dir: str | None = HfArg(
+        default=None, help="Folder for downloads, tokenized data and compiled programs."
+    )
+    token: str | None = HfArg(
+        default=None, help="Hub access token for private models and datasets.", repr=False
+    )
+    use_fast_tokenizer: bool = HfArg(
+        default=True,
+        help="Use a tokenizer of the tokenizers library; --no_use_fast_tokenizer: one in Python.",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = HfArg(
+        default="float32", help="Compute dtype. Weights stay in float32."
+    )
+    trust_remote_code: bool = HfArg(
+        default=False, help="Run the code that comes with a model or dataset on the Hub."
+    )
+
 
 @dataclass
 class DataTrainingArguments:
+    """Which text to train and evaluate on, and how to corrupt it."""
+
     _argument_group_name = "data"
-    dataset_name: str | None = HfArg(default=None, help="Hub id of a dataset, or a folder of data files.")
-    dataset_config_name: str | None = HfArg(default=None, help="Configuration of the dataset.")
-    train_file: str | None = HfArg(default=None, help="Training text: .txt, .json, .jsonl, .csv or .parquet.")
-    validation_file: str | None = HfArg(default=None, help="Evaluation text, in one of the same formats.")
-    train_ref_file: str | None = HfArg(default=None, help="Refused: spans are of tokens, not of words.")
-    validation_ref_file: str | None = HfArg(default=None, help="Refused, too.")
-    text_column_name: str | None = HfArg(default=None, help="Text column. Default: text, else the only string column.")
-    validation_split_percentage: int = HfArg(default=5, help="Percent of train kept for evaluation, if none is given.")
-    max_seq_length: int | None = HfArg(default=None, help="Tokens of an input. Default: the tokenizer's, up to 512.")
-    mlm_probability: float = HfArg(default=0.15, help="Part of the tokens to leave out.")
-    mean_noise_span_length: float = HfArg(default=3.0, help="Tokens left out in one place, on average.")
-    max_train_samples: int | None = HfArg(default=None, help="Train on at most so many sequences; all are tokenized.")
-    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on at most so many sequences.")
-    preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that tokenize.")
-    overwrite_cache: bool = HfArg(default=False, help="Tokenize anew, whatever the cache holds.")
+    dataset_name: str | None = HfArg(
+        default=None, help="Hub id of a dataset, or a folder of data files."
+    )
+    dataset_config_name: str | None = HfArg(
+        default=None, help="Configuration of the dataset, such as its language."
+    )
+    train_file: str | None = HfArg(
+        default=None, help="File of training text: .txt, .json, .jsonl, .csv or .parquet."
+    )
+    validation_file: str | None = HfArg(
+        default=None, help="File of evaluation text, in one of the same formats."
+    )
+    train_ref_file: str | None = HfArg(
+        default=None, help="Not supported: spans consist of tokens, not of words."
+    )
+    validation_ref_file: str | None = HfArg(default=None, help="Not supported either.")
+    text_column_name: str | None = HfArg(
+        default=None,
+        help="Column that holds the text. Default: text, or else the only string column.",
+    )
+    validation_split_percentage: int = HfArg(
+        default=5,
+        help="Percentage of the training data held out for evaluation if there is no validation "
+        "set.",
+    )
+    max_seq_length: int | None = HfArg(
+        default=None,
+        help="Length of an input in tokens. Default: the limit of the tokenizer, at most 512.",
+    )
+    mlm_probability: float = HfArg(default=0.15, help="Fraction of the tokens to predict.")
+    mean_noise_span_length: float = HfArg(
+        default=3.0, help="Mean number of tokens in a span that is left out."
+    )
+    max_train_samples: int | None = HfArg(
+        default=None, help="Train on at most this many sequences."
+    )
+    max_eval_samples: int | None = HfArg(
+        default=None, help="Evaluate on at most this many sequences."
+    )
+    preprocessing_num_workers: int | None = HfArg(
+        default=None, help="Number of processes that tokenize."
+    )
+    overwrite_cache: bool = HfArg(
+        default=False, help="Tokenize again, even if the cache holds the tokenized text."
+    )
+
 
 @dataclass
 class TrainingArguments:
+    """How to train, evaluate, save and upload."""
+
     _argument_group_name = "training"
-    output_dir: str = HfArg(help="Where the model, its checkpoints and logs are written.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Start over: discard the checkpoints in output_dir.")
-    resume_from_checkpoint: str | None = HfArg(default=None, metadata={"nargs": "?", "const": ""}, help="Checkpoint.")
-    do_train: bool = HfArg(default=False, help="Train; alone: without evaluation. With neither of the two: both.")
-    do_eval: bool = HfArg(default=False, help="Evaluate; alone: a trained model.")
-    per_device_train_batch_size: int = HfArg(default=8, help="Sequences per device and forward pass.")
-    per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations: less memory, more time.")
-    num_train_epochs: float = HfArg(default=3.0, help="Passes over the data; may be fractional.")
-    max_steps: int = HfArg(default=-1, help="If positive: optimizer steps, in place of num_train_epochs.")
+    output_dir: str = HfArg(help="Folder for the model, its checkpoints and its logs.")
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Start from the beginning and delete the checkpoints in --output_dir."
+    )
+    resume_from_checkpoint: str | None = HfArg(
+        default=None,
+        metadata={"nargs": "?", "const": ""},
+        help="Checkpoint or output directory to resume from. Without a value: --output_dir.",
+    )
+    do_train: bool = HfArg(
+        default=False, help="Train. Without --do_eval, skip evaluation. With neither flag, do both."
+    )
+    do_eval: bool = HfArg(
+        default=False, help="Evaluate. Without --do_train, evaluate a trained model."
+    )
+    per_device_train_batch_size: int = HfArg(
+        default=8, help="Sequences on each device in a forward pass of training."
+    )
+    per_device_eval_batch_size: int = HfArg(
+        default=8, help="Sequences on each device in a forward pass of evaluation."
+    )
+    gradient_accumulation_steps: int = HfArg(
+        default=1, help="Forward and backward passes for each optimizer step."
+    )
+    gradient_checkpointing: bool = HfArg(
+        default=False,
+        help="Recompute activations in the backward pass. Saves memory and takes more time.",
+    )
+    num_train_epochs: float = HfArg(
+        default=3.0, help="Passes over the training data. May be fractional."
+    )
+    max_steps: int = HfArg(
+        default=-1,
+        help="If positive, the number of optimizer steps, instead of --num_train_epochs.",
+    )
     learning_rate: float = HfArg(default=5e-5, help="Peak learning rate.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "inverse_sqrt"] = HfArg(default="linear", help="Decay.")
-    warmup_steps: int = HfArg(default=0, help="Steps of linear warm-up.")
-    weight_decay: float = HfArg(default=0.0, help="Decay of the weights; biases and LayerNorm scales have none.")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW's decay of the first moment.")
-    adam_beta2: float = HfArg(default=0.999, help="AdamW's decay of the second moment.")
-    adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
-    adafactor: bool = HfArg(default=False, help="Adafactor in place of AdamW.")
-    max_grad_norm: float = HfArg(default=0.0, help="Clip gradients to this global norm; 0: off.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "inverse_sqrt"] = HfArg(
+        default="linear", help="Learning rate schedule after the warm-up."
+    )
+    warmup_steps: int = HfArg(
+        default=0, help="Steps over which the learning rate rises linearly from 0 to its peak."
+    )
+    weight_decay: float = HfArg(
+        default=0.0, help="Decoupled weight decay on matrices, not on biases or norms."
+    )
+    adam_beta1: float = HfArg(default=0.9, help="Decay rate of AdamW's first moment.")
+    adam_beta2: float = HfArg(default=0.999, help="Decay rate of AdamW's second moment.")
+    adam_epsilon: float = HfArg(default=1e-8, help="Epsilon of AdamW.")
+    adafactor: bool = HfArg(default=False, help="Use Adafactor instead of AdamW.")
+    max_grad_norm: float = HfArg(
+        default=0.0, help="Clip gradients to this global norm. 0 turns clipping off."
+    )
     logging_steps: int = HfArg(default=500, help="Steps between two log lines.")
     save_steps: int = HfArg(default=500, help="Steps between two checkpoints.")
-    save_total_limit: int = HfArg(default=2, help="Checkpoints to keep.")
-    eval_steps: int | None = HfArg(default=None, help="Steps between two evaluations. Default: those of an epoch.")
-    seed: int = HfArg(default=42, help="Of weights, masks, dropout and the order of the data.")
-    distributed: bool = HfArg(default=False, help="One process of several: TPU pod, SLURM, Open MPI, JAX_PROCESS_ID.")
-    push_to_hub: bool = HfArg(default=False, help="Upload output_dir at each save.")
-    hub_model_id: str | None = HfArg(default=None, help="Repository to upload to. Default: output_dir's name.")
-    hub_token: str | None = HfArg(default=None, help="Hub token for uploads. Default: token, or login.", repr=False)
+    save_total_limit: int = HfArg(default=2, help="Number of checkpoints to keep.")
+    eval_steps: int | None = HfArg(
+        default=None, help="Steps between two evaluations. Default: once an epoch."
+    )
+    seed: int = HfArg(default=42, help="Seed of initialization, data order, masks and dropout.")
+    distributed: bool = HfArg(
+        default=False,
+        help="This is one process of several, started by a TPU pod, SLURM, Open MPI, or with "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    )
+    disable_tqdm: bool = HfArg(
+        default=False,
+        help="Show no progress bars. There are none where the output is not a terminal.",
+    )
+    push_to_hub: bool = HfArg(default=False, help="Upload --output_dir to the Hub at each save.")
+    hub_model_id: str | None = HfArg(
+        default=None, help="Repository to upload to. Default: the name of --output_dir."
+    )
+    hub_token: str | None = HfArg(
+        default=None,
+        help="Hub access token for uploads. Default: --token, or else the token of your login.",
+        repr=False,
+    )
 
-def parse_args(argv: list[str]):
-    """All settings, from the command line or from one .json file of them. Raises InputError."""
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        settings = explain(f"{argv[0]}: no JSON object", lambda: json.loads(Path(argv[0]).read_text("utf-8")).items())
-        argv = [f"--{name}={value}" for name, value in settings if value is not None]
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments), allow_abbrev=False,
-        description=__doc__.partition("\n\n")[0], usage="%(prog)s --output_dir DIR [--FLAG VALUE ...] | FILE.json")
-    parser.error = partial(require, False)  # argparse would print the usage of sixty flags before its line
-    for action in parser._actions if {"-h", "--help"} & {*argv} else ():  # shown in one spelling, switches as such
-        argv, action.option_strings = ["--help"], action.option_strings[:1]
-        action.metavar = None if action.choices else action.dest.split("_")[-1].upper()
-        action.nargs = 0 if isinstance(action.const, bool) else action.nargs
-        action.help += "%(default).0s" * (str(action.default) in ("None", "False"))  # mentioned here, so not added
-    args, rest = parser.parse_known_args(argv)
-    unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]  # not values: they may be secrets
-    require(not rest, f"unknown arguments: {' '.join(unknown) or 'a value without a flag'}")
-    args.do_train, args.do_eval = args.do_train or not args.do_eval, args.do_eval or not args.do_train
-    args.hub_options = {name: getattr(args, name) for name in ("cache_dir", "token", "trust_remote_code")}
-    if not args.do_train and (Path(args.output_dir) / "flax_model.msgpack").is_file():
-        args.model_name_or_path = args.model_name_or_path or args.output_dir
-    return check_args(args)
 
-def check_args(args):
-    """Raises InputError for numbers out of range, and for flags that exclude or need each other."""
-    for names, meaning, holds in (
-        ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps eval_steps "
-         "save_steps save_total_limit max_train_samples max_eval_samples preprocessing_num_workers",
-         "at least 1", lambda x: x >= 1),
-        ("max_seq_length", "at least 3", lambda x: x >= 3),  # a token, a sentinel and eos
-        ("mean_noise_span_length", "at least 1", lambda x: 1 <= x < math.inf),
-        ("max_steps", "at least 1, or -1", lambda x: x >= 1 or x == -1),
-        ("warmup_steps learning_rate weight_decay max_grad_norm", "at least 0", lambda x: 0 <= x < math.inf),
-        ("num_train_epochs adam_epsilon", "above 0", lambda x: 0 < x < math.inf),
-        ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
-        ("mlm_probability", "above 0 and below 1", lambda x: 0 < x < 1),
-        ("validation_split_percentage", "between 0 and 99", lambda x: 0 <= x <= 99),
-        ("output_dir", "a local folder", lambda x: "://" not in x),
-        ("seed", "between 0 and 4294967295", lambda x: 0 <= x < 2**32)):
-        for name, value in ((name, getattr(args, name)) for name in names.split()):
-            require(value is None or holds(value), f"--{name} {value}: it must be {meaning}")
-    model = args.model_name_or_path or (args.do_train and (args.config_name or args.model_type))
-    file, name, tokenizer = args.train_file or args.validation_file, args.dataset_name, args.tokenizer_name
-    require(model, "no model: give --model_name_or_path, or, to train from scratch, --config_name or --model_type")
-    require(tokenizer or args.model_name_or_path, "no tokenizer: give --tokenizer_name or --model_name_or_path")
-    require(args.model_type in (None, *FAMILIES), f"--model_type {args.model_type}: not one of {', '.join(FAMILIES)}")
-    require(file or name, "no data: give --dataset_name or --train_file")
-    require(not (file and name), f"two data sources: --dataset_name {name} and {file}")
-    require(args.train_file or name or not args.do_train, "--validation_file needs --train_file, or --do_eval alone")
+def check_objective_args(args) -> None:
+    """Check the flags that only this script has. Raises InputError."""
+    check_range(args, "max_seq_length", "at least 1", lambda value: value >= 1)
+    check_range(args, "mlm_probability", "above 0 and below 1", lambda value: 0 < value < 1)
+    families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    if args.model_type not in (None, *families):
+        raise InputError(f"--model_type {args.model_type}: not one of {', '.join(families)}")
+    if args.pad_to_max_length and not args.line_by_line:
+        raise InputError("--pad_to_max_length needs --line_by_line")
     for split in ("train", "validation"):
-        refs = getattr(args, f"{split}_ref_file")
-        require(not refs, f"--{split}_ref_file {refs}: spans are of tokens, words are not marked here; leave it out")
-    return args
+        ref_file = getattr(args, f"{split}_ref_file")
+        has_lines = args.line_by_line and getattr(args, f"{split}_file")
+        if ref_file and not has_lines:
+            raise InputError(
+                f"--{split}_ref_file {ref_file}: it needs --{split}_file and --line_by_line"
+            )
+    if args.whole_word_mask and not args.use_fast_tokenizer:
+        raise InputError("--whole_word_mask needs a fast tokenizer")
 
-def noise_counts(length: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
-    """How many of `length` tokens are left out, and in how many spans, each with a token at least before it."""
-    num_noise = min(max(round(length * noise_density), 1), length - 1)
-    return num_noise, min(max(round(num_noise / mean_noise_span_length), 1), num_noise, length - num_noise)
 
-def compute_input_and_target_lengths(inputs_length: int, noise_density: float, mean_noise_span_length: float):
-    """How many tokens fill an input of `inputs_length`, sentinels and eos included, and the length of their target."""
-    def lengths(num_tokens):
-        num_noise, num_spans = noise_counts(num_tokens, noise_density, mean_noise_span_length)
-        return num_tokens - num_noise + num_spans + 1, num_noise + num_spans + 1
-    num_tokens = 1 + bisect_right(range(2, 2**40), inputs_length, key=lambda num_tokens: lengths(num_tokens)[0])
-    return num_tokens, lengths(num_tokens)[1]
+# ---------------------------------------------------------------------------------------
+# Objective
+# ---------------------------------------------------------------------------------------
 
-def random_lengths(draws: np.ndarray, num_parts: int) -> np.ndarray:
-    """Splits n + 1 tokens of each row into `num_parts`, all ways alike, by n 64-bit `draws`: [rows, parts] int64. The
-    gaps with the smallest draws are cut; their numbers, in the lowest bits, tell them apart and which they are."""
-    num_gaps, num_cuts = draws.shape[1], num_parts - 1
-    bits = num_gaps.bit_length()
-    keys = draws << np.uint64(bits) | np.arange(num_gaps, dtype=np.uint64)
-    keys = np.partition(keys, num_cuts - 1, axis=1)[:, :num_cuts] if num_cuts else keys[:, :0]
-    cuts = np.sort((keys & np.uint64(2**bits - 1)).astype(np.int64), axis=1) + 1
-    return np.diff(cuts, axis=1, prepend=0, append=num_gaps + 1)
 
 @dataclass
 class FlaxDataCollatorForT5MLM:
-    """T5's span corruption of a whole batch at once. Rows of `max_length` tokens become inputs of `inputs_length` (one
-    less if that is even and spans are as many as tokens between them) and targets of `targets_length`. What is left
-    out and what stays are split at random into spans, which alternate, first one that stays. A token takes one 64-bit
-    draw: row r starts at draw r * max_length."""
+    """T5's span corruption, for a whole batch at once.
+
+    A row of `max_length` tokens becomes an input of `inputs_length` tokens and a target of
+    `targets_length` tokens. The row is split at random into segments that stay and noise spans.
+    They alternate, and the first one stays. In the input a sentinel stands for each noise span. The
+    target is the sentinels, each followed by the tokens of its span. Both end with the
+    end-of-sequence token.
+
+    An input is one token shorter than `inputs_length` where that is even and only one token stays
+    before each span.
+    """
+
     tokenizer: transformers.PreTrainedTokenizerBase
     inputs_length: int
     noise_density: float = 0.15
     mean_noise_span_length: float = 3.0
     decoder_start_token_id: int = 0
+
     def __post_init__(self):
         options = (self.noise_density, self.mean_noise_span_length)
-        self.max_length, self.targets_length = compute_input_and_target_lengths(self.inputs_length, *options)
+        self.max_length, self.targets_length = compute_input_and_target_lengths(
+            self.inputs_length, *options
+        )
         self.num_noise, self.num_spans = noise_counts(self.max_length, *options)
-        name, vocabulary = self.tokenizer.name_or_path, self.tokenizer.get_vocab()
-        require(self.tokenizer.eos_token_id is not None, f"{name}: it has no eos token")
-        ids = {token.lstrip("▁"): i for token, i in vocabulary.items() if "<extra_id_" in token}  # mT5's have the mark
-        sentinels = [ids[token] for i in range(len(ids)) if (token := f"<extra_id_{i}>") in ids]
-        message = f"{len(sentinels)} sentinels <extra_id_...>, and {self.inputs_length} tokens have {self.num_spans}"
-        message = f"{name}: it has {message} spans; lower --max_seq_length or raise --mean_noise_span_length"
-        require(len(sentinels) >= self.num_spans, message)
-        self.sentinels, self.eos_token_id = np.array(sentinels[: self.num_spans]), self.tokenizer.eos_token_id
-    def with_sentinels(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """`tokens` with sentinels so as to be at `positions`, and with eos: [rows, length + spans + 1] int32."""
-        rows = np.arange(len(positions))[:, None]
-        result = np.full((len(rows), tokens.size // len(rows) + self.num_spans + 1), -1, np.int32)
-        result[rows, positions], result[:, -1] = self.sentinels, self.eos_token_id
-        result[result == -1] = tokens
-        return result
-    def __call__(self, examples: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """`input_ids` [rows, max_length] int32 to those of the encoder, with `attention_mask`, [rows, inputs_length],
-        and to `labels` and `decoder_input_ids`, which are the labels one later, [rows, targets_length] int32."""
-        input_ids, spans = examples["input_ids"], np.arange(self.num_spans)
-        draws = rng.bit_generator.random_raw(input_ids.size).reshape(input_ids.shape)
-        noise = random_lengths(draws[:, : self.num_noise - 1], self.num_spans)
-        plain = random_lengths(draws[:, self.num_noise : -1], self.num_spans)
-        is_noise = np.tile([False, True], plain.size).repeat(np.stack([plain, noise], axis=-1).ravel())
-        is_noise = is_noise.reshape(input_ids.shape)
-        labels = self.with_sentinels(input_ids[is_noise], noise.cumsum(axis=1) - noise + spans)
-        input_ids = self.with_sentinels(input_ids[~is_noise], plain.cumsum(axis=1) + spans)
+
+        name = self.tokenizer.name_or_path
+        self.eos_token_id = self.tokenizer.eos_token_id
+        if self.eos_token_id is None:
+            raise InputError(f"{name}: it has no eos token")
+        sentinels = find_sentinels(self.tokenizer)
+        if len(sentinels) < self.num_spans:
+            raise InputError(
+                f"{name}: it has {len(sentinels)} sentinels <extra_id_...>, and "
+                f"{self.inputs_length} tokens have {self.num_spans} spans; lower --max_seq_length "
+                "or raise --mean_noise_span_length"
+            )
+        self.sentinels = np.array(sentinels[: self.num_spans])
+
+    def __call__(
+        self, examples: dict[str, np.ndarray], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Corrupt `input_ids`, [rows, max_length] int32.
+
+        Returns `input_ids` and `attention_mask` of the encoder, [rows, inputs_length] int32, and
+        `labels` and `decoder_input_ids`, [rows, targets_length] int32. A token uses one 64-bit draw
+        of `rng`, so row r begins at draw r * max_length.
+        """
+        tokens = examples["input_ids"]
+        draws = rng.bit_generator.random_raw(tokens.size).reshape(tokens.shape)
+
+        # Split the noise tokens into spans, and the others into segments of the same number.
+        noise_lengths = random_segmentation(draws[:, : self.num_noise - 1], self.num_spans)
+        kept_lengths = random_segmentation(draws[:, self.num_noise : -1], self.num_spans)
+        is_noise = mark_noise(kept_lengths, noise_lengths)
+
+        # A sentinel follows each kept segment in the input, and precedes each span in the target.
+        earlier_sentinels = np.arange(self.num_spans)
+        ends_of_kept = kept_lengths.cumsum(axis=1)
+        starts_of_noise = noise_lengths.cumsum(axis=1) - noise_lengths
+        input_ids = self.insert_sentinels(tokens[~is_noise], ends_of_kept + earlier_sentinels)
+        labels = self.insert_sentinels(tokens[is_noise], starts_of_noise + earlier_sentinels)
+
+        # The decoder sees the labels before the one that it predicts.
         decoder_input_ids = np.roll(labels, 1, axis=1)
         decoder_input_ids[:, 0] = self.decoder_start_token_id
-        return {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids),
-                "labels": labels, "decoder_input_ids": decoder_input_ids}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": np.ones_like(input_ids),
+            "labels": labels,
+            "decoder_input_ids": decoder_input_ids,
+        }
 
-def mend_clip():
-    """Transformers 4.57's Flax T5, whose code mT5 uses, and LongT5 call `jnp.clip(x, a_max=...)`, and jax 0.10 removed
-    that argument: they get a `jax.numpy` that has it still. Can go when a Transformers with Flax does without it."""
-    for name in ("t5", "longt5"):
-        module = import_module(f"transformers.models.{name}.modeling_flax_{name}")
-        clip = lambda x, a_min=None, a_max=None: jnp.clip(x, a_min, a_max)  # noqa: E731
-        module.jnp = SimpleNamespace(**{**vars(jnp), "clip": clip})
+    def insert_sentinels(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Insert the sentinels at `positions`, and append the end-of-sequence token.
 
-def loss_sums(params, batch, model, dropout_rng=None):
-    """Cross-entropy in float32 of the labels other than -100, summed, and the sums that means are of. In `batch` are
-    input_ids and attention_mask, [batch, inputs] int32, labels and decoder_input_ids, [batch, targets] int32. The
-    logits come in PIECES, one after the other, and again in the backward pass; the model's own are not used."""
-    train, inputs = dropout_rng is not None, {name: x for name, x in batch.items() if name != "labels"}
-    options = {"params": params, "dropout_rng": dropout_rng, "output_hidden_states": True, "return_dict": True}
-    states, labels = model(**inputs, train=train, **options).decoder_hidden_states[-1], batch["labels"].reshape(-1)
-    tied, scale = model.config.tie_word_embeddings, model.config.d_model**-0.5
-    kernel = params["shared"]["embedding"].T * scale if tied else params["lm_head"]["kernel"]
+        Args:
+            tokens: The tokens of all rows, of which each has the same number, [rows * count] int32.
+            positions: Positions of the sentinels in the result, [rows, spans] int64.
+
+        Returns:
+            The rows, [rows, count + spans + 1] int32.
+        """
+        num_rows = len(positions)
+        length = tokens.size // num_rows + self.num_spans + 1
+        empty = -1
+        result = np.full((num_rows, length), empty, np.int32)
+        result[np.arange(num_rows)[:, None], positions] = self.sentinels
+        result[:, -1] = self.eos_token_id
+        result[result == empty] = tokens
+        return result
+
+
+def noise_counts(
+    length: int, noise_density: float, mean_noise_span_length: float
+) -> tuple[int, int]:
+    """Count the noise tokens among `length` tokens, and the spans that they form.
+
+    At least one token stays before each span, and no span is empty.
+    """
+    num_noise = min(max(round(length * noise_density), 1), length - 1)
+    num_spans = max(round(num_noise / mean_noise_span_length), 1)
+    return num_noise, min(num_spans, num_noise, length - num_noise)
+
+
+def compute_input_and_target_lengths(
+    inputs_length: int, noise_density: float, mean_noise_span_length: float
+) -> tuple[int, int]:
+    """Find how many tokens of text fill an input of `inputs_length`, and the length of the target.
+
+    Sentinels and the end-of-sequence token are part of both lengths.
+    """
+
+    def lengths(num_tokens: int) -> tuple[int, int]:
+        num_noise, num_spans = noise_counts(num_tokens, noise_density, mean_noise_span_length)
+        return num_tokens - num_noise + num_spans + 1, num_noise + num_spans + 1
+
+    # More text never makes a shorter input, so bisection finds the longest text that fits.
+    candidates = range(2, 2**40)
+    num_fitting = bisect_right(candidates, inputs_length, key=lambda count: lengths(count)[0])
+    num_tokens = candidates[num_fitting - 1]
+    return num_tokens, lengths(num_tokens)[1]
+
+
+def find_sentinels(tokenizer) -> list[int]:
+    """Ids of the tokens <extra_id_0>, <extra_id_1>, ... in this order."""
+    ids = {}
+    for token, token_id in tokenizer.get_vocab().items():
+        if "<extra_id_" in token:
+            # Those of mT5 begin with the mark of a word.
+            ids[token.lstrip("▁")] = token_id
+    names = [f"<extra_id_{number}>" for number in range(len(ids))]
+    return [ids[name] for name in names if name in ids]
+
+
+def random_segmentation(draws: np.ndarray, num_segments: int) -> np.ndarray:
+    """Split the tokens of each row into non-empty segments. All ways to do so are equally likely.
+
+    Args:
+        draws: A random number for each gap between two tokens of a row, [rows, gaps] uint64. The
+            gaps with the smallest numbers are cut.
+        num_segments: Number of segments of a row.
+
+    Returns:
+        The lengths of the segments, [rows, num_segments] int64.
+    """
+    num_gaps = draws.shape[1]
+    num_cuts = num_segments - 1
+
+    # The lowest bits of a key are the position of its gap: they break ties, and they tell which
+    # gaps have the smallest keys.
+    position_bits = num_gaps.bit_length()
+    keys = (draws << np.uint64(position_bits)) | np.arange(num_gaps, dtype=np.uint64)
+    if num_cuts > 0:
+        keys = np.partition(keys, num_cuts - 1, axis=1)
+    positions = keys[:, :num_cuts] & np.uint64(2**position_bits - 1)
+
+    # Gap 0 follows the first token.
+    cuts = np.sort(positions.astype(np.int64), axis=1) + 1
+    return np.diff(cuts, axis=1, prepend=0, append=num_gaps + 1)
+
+
+def mark_noise(kept_lengths: np.ndarray, noise_lengths: np.ndarray) -> np.ndarray:
+    """Mark the tokens of the noise spans, [rows, length] bool.
+
+    Kept segments and noise spans, whose lengths are [rows, spans] int64, alternate. A kept segment
+    comes first.
+    """
+    lengths = np.stack([kept_lengths, noise_lengths], axis=-1)
+    is_noise = np.tile([False, True], kept_lengths.size)
+    return is_noise.repeat(lengths.ravel()).reshape(len(lengths), -1)
+
+
+def output_head(params, config):
+    """Make the function from a hidden state, [d_model], to its logits, [vocab_size] float32.
+
+    The kernel of T5 1.0 is the transposed embedding table, scaled. T5 1.1 and mT5 have a kernel of
+    their own.
+    """
+    if config.tie_word_embeddings:
+        kernel = params["shared"]["embedding"].T * config.d_model**-0.5
+    else:
+        kernel = params["lm_head"]["kernel"]
+
+    def head(hidden_state):
+        # The cast is in here, so that the gradients of the pieces are summed in float32.
+        kernel_in_dtype = kernel.astype(hidden_state.dtype)
+        return jnp.dot(hidden_state, kernel_in_dtype, preferred_element_type=jnp.float32)
+
+    return head
+
+
+def sum_in_pieces(head, hidden_states, labels, with_accuracy: bool) -> dict:
+    """Apply the head, and sum the cross-entropy of the tokens whose label is not -100.
+
+    The logits of all tokens never exist at once. They are computed in PIECES pieces, one after the
+    other, and again in the backward pass.
+
+    Args:
+        head: Function from a hidden state to its logits, float32.
+        hidden_states: Output of the decoder, [tokens, width].
+        labels: [tokens] int32.
+        with_accuracy: Whether to count the correct predictions.
+
+    Returns:
+        The sums `loss`, `predicted` and, if asked for, `accuracy`, float32 scalars.
+    """
+
     @jax.checkpoint
     def of_token(token):
-        logits, label = jnp.dot(token[0], kernel.astype(model.dtype), preferred_element_type=jnp.float32), token[1]
+        hidden_state, label = token
+        logits = head(hidden_state)
+        is_predicted = label != IGNORE
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
-        found = {"loss": jnp.where(label != IGNORE, loss, 0), "predicted": label != IGNORE}
-        return found if train else {**found, "accuracy": logits.argmax() == label}
-    tokens = (states.reshape(-1, len(kernel)).astype(model.dtype), labels)  # T5's LayerNorm makes them float32
-    sums = jax.lax.map(of_token, tokens, batch_size=math.ceil(labels.size / PIECES))
-    sums = {name: x.sum(dtype=jnp.float32) for name, x in sums.items()}
+        values = {"loss": jnp.where(is_predicted, loss, 0), "predicted": is_predicted}
+        if with_accuracy:
+            values["accuracy"] = logits.argmax() == label
+        return values
+
+    piece_size = math.ceil(labels.size / PIECES)
+    values = jax.lax.map(of_token, (hidden_states, labels), batch_size=piece_size)
+    return {name: array.sum(dtype=jnp.float32) for name, array in values.items()}
+
+
+def loss_sums(params, batch, model, dropout_rng=None):
+    """Sum the cross-entropy of the tokens of the targets, those with a label other than -100.
+
+    Args:
+        params: Parameters of the model.
+        batch: `input_ids` and `attention_mask`, [batch, inputs_length] int32, and
+            `decoder_input_ids` and `labels`, [batch, targets_length] int32.
+        model: The Flax model.
+        dropout_rng: Key of dropout. Without a key the model evaluates.
+
+    Returns:
+        The sum, and a dict of the sums that means are computed from: `loss`, `predicted` (the
+        number of predicted tokens), and in evaluation `accuracy` (the number of correct ones). All
+        are float32 scalars.
+    """
+    is_training = dropout_rng is not None
+    inputs = {name: array for name, array in batch.items() if name != "labels"}
+    outputs = model(
+        **inputs,
+        params=params,
+        dropout_rng=dropout_rng,
+        train=is_training,
+        output_hidden_states=True,
+        return_dict=True,
+    )
+
+    # The logits of `outputs` are not used, so XLA leaves them out. The last LayerNorm of T5 gives
+    # float32 in every dtype.
+    hidden_states = outputs.decoder_hidden_states[-1].astype(model.dtype)
+    sums = sum_in_pieces(
+        output_head(params, model.config),
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        batch["labels"].reshape(-1),
+        with_accuracy=not is_training,
+    )
     return sums["loss"], sums
 
-def load_texts(args):
-    """Training and evaluation texts, rows with one column "text"; None where there are none."""
-    options = args.hub_options if datasets.__version__ < "4" else {"cache_dir": args.cache_dir, "token": args.token}
-    builders = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
-    source, splits, load = f"--dataset_name {args.dataset_name}", {}, partial(datasets.load_dataset, **options)
-    if args.dataset_name:
-        splits = dict(explain(f"{source}: unreadable", load, args.dataset_name, args.dataset_config_name))
-    for split in ("train", "validation"):
-        file = getattr(args, f"{split}_file")
-        if file:
-            source, kind = f"--{split}_file {file}", Path(file).suffix.lower().lstrip(".")
-            require(kind in builders, f"{source}: its extension must be one of {', '.join(builders)}")
-            splits[split] = explain(f"{source}: unreadable", load, builders[kind], data_files=[file], split="train")
-        if split in splits:
-            splits[split] = text_column(splits[split], args.text_column_name, source)
-    train, validation = splits.get("train"), splits.get("validation")
-    require(train or (validation and not args.do_train), f"{source}: it has no training data, only {list(splits)}")
-    if validation is None:
-        count = len(train) * args.validation_split_percentage // 100
-        message = f"--validation_split_percentage {args.validation_split_percentage} of {len(train)} texts is {count}"
-        require(0 < count < len(train) or not args.do_eval, f"{message}: raise it, or give --validation_file")
-        train, validation = train.select(range(count, len(train))), train.select(range(count))
-    return train, validation
 
-def text_column(dataset, wanted: str | None, source: str):
-    """The text column alone, as "text"."""
-    kinds = {name: str(getattr(feature, "dtype", feature)) for name, feature in dataset.features.items()}
-    strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
-    name = wanted or ("text" if "text" in kinds else strings[0] if len(strings) == 1 else None)
-    require(name in kinds, f"{source}: no column {name or 'that must be text'}; --text_column_name of {list(kinds)}?")
-    require(name in strings, f"{source}: column {name} holds {kinds[name]}, not text")
+def make_loss_fn(args, model, collator):
+    """`loss_sums` as a function of (params, batch, dropout_rng)."""
+    return partial(loss_sums, model=model, num_slots=collator.num_slots)
+
+
+# ---------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------
+
+
+def load_data(args, tokenizer, max_length: int):
+    """Load and tokenize the text: the training set and the evaluation set, None if not needed."""
+    train_texts, eval_texts = load_texts(args)
+    train_set = None
+    eval_set = None
+    if args.do_train:
+        limit = args.max_train_samples
+        train_set = tokenize(train_texts, tokenizer, max_length, args, limit, "training")
+    if args.do_eval:
+        limit = args.max_eval_samples
+        eval_set = tokenize(eval_texts, tokenizer, max_length, args, limit, "evaluation")
+    return train_set, eval_set
+
+
+def load_texts(args):
+    """Load the training and the evaluation texts.
+
+    Returns two datasets with a column `text`. Either is None if there is no such text.
+    """
+    return hold_out_validation(args, load_splits(args))
+
+
+def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
+    """Load the splits of --dataset_name, --train_file and --validation_file.
+
+    The splits train and validation are results of `select_text`. `text_options` are for .txt files,
+    `load_options` for all calls of `datasets.load_dataset`. Raises InputError.
+    """
+    load_options |= {"cache_dir": args.cache_dir, "token": args.token}
+    if datasets.__version__ < "4":
+        # Version 4 no longer takes this argument.
+        load_options["trust_remote_code"] = args.trust_remote_code
+    splits = {}
+    sources = {}
+    if args.dataset_name:
+        source = f"--dataset_name {args.dataset_name}"
+        with input_errors(f"{source}: cannot be read"):
+            splits = dict(
+                datasets.load_dataset(args.dataset_name, args.dataset_config_name, **load_options)
+            )
+        sources = dict.fromkeys(splits, source)
+    for split, file in (("train", args.train_file), ("validation", args.validation_file)):
+        if file:
+            sources[split] = f"--{split}_file {file}"
+            splits[split] = load_text_file(sources[split], file, text_options or {}, load_options)
+
+    for split in ("train", "validation"):
+        if split in splits:
+            splits[split] = select_text(splits[split], args.text_column_name, sources[split])
+    has_data = splits.get("train") or (splits.get("validation") and not args.do_train)
+    if not has_data:
+        source = next(iter(sources.values()))
+        raise InputError(f"{source}: it has no training data, only {list(splits)}")
+    return splits
+
+
+def load_text_file(source: str, file: str, text_options: dict, load_options: dict):
+    """Load a data file. `source` names it in the message of an InputError."""
+    loaders = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+    extension = Path(file).suffix.lower().lstrip(".")
+    if extension not in loaders:
+        raise InputError(f"{source}: its extension must be one of {', '.join(loaders)}")
+    if extension == "txt":
+        load_options = load_options | text_options
+    with input_errors(f"{source}: cannot be read"):
+        return datasets.load_dataset(
+            loaders[extension], data_files=[file], split="train", **load_options
+        )
+
+
+def select_text(dataset, column_name: str | None, source: str):
+    """Keep the text column alone and name it `text`. Raises InputError."""
+    dtypes = {
+        name: str(getattr(feature, "dtype", feature)) for name, feature in dataset.features.items()
+    }
+    strings = [name for name, dtype in dtypes.items() if dtype in ("string", "large_string")]
+    name = column_name
+    if name is None and "text" in dtypes:
+        name = "text"
+    if name is None and len(strings) == 1:
+        name = strings[0]
+    if name not in dtypes:
+        missing = name or "that must be text"
+        raise InputError(f"{source}: no column {missing}; --text_column_name of {list(dtypes)}?")
+    if name not in strings:
+        raise InputError(f"{source}: column {name} holds {dtypes[name]}, not text")
     return dataset.select_columns([name]).rename_columns({name: "text"})
 
-def encode(batch, tokenizer):
-    """Texts to `input_ids`, each as the tokenizer ends it; blank ones are left out."""
-    texts = [text for text in batch["text"] if text and not text.isspace()]
-    return {"input_ids": tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []}
 
-class Sequences(NamedTuple):
-    """Tokenized sequences end to end, so that a batch is one NumPy gather."""
+def hold_out_validation(args, splits: dict):
+    """Return train and validation. Without a validation split, train is split in two."""
+    train = splits.get("train")
+    validation = splits.get("validation")
+    if validation is None:
+        percentage = args.validation_split_percentage
+        count = len(train) * percentage // 100
+        if args.do_eval and not 0 < count < len(train):
+            raise InputError(
+                f"--validation_split_percentage {percentage} of {len(train)} texts is {count}: "
+                "raise it, or give --validation_file"
+            )
+        validation = train.select(range(count))
+        train = train.select(range(count, len(train)))
+    return train, validation
+
+
+def encode(batch, tokenizer):
+    """Tokenize texts, each as the tokenizer ends it. Blank ones are left out."""
+    texts = [text for text in batch["text"] if text and text.strip()]
+    if not texts:
+        return {"input_ids": []}
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)
+    return {"input_ids": encoded["input_ids"]}
+
+
+@dataclass
+class Sequences:
+    """Tokenized sequences, stored end to end so that a batch is one NumPy gather."""
+
     input_ids: np.ndarray  # [tokens] int32
-    starts: np.ndarray  # [sequences] int64, as `ends`
-    ends: np.ndarray
+    starts: np.ndarray  # [sequences] int64
+    ends: np.ndarray  # [sequences] int64
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
 
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
-    """Blocks of `max_length` tokens out of all texts end to end."""
+    """Tokenize `dataset` into at most `limit` sequences. Raises InputError if there is none.
+
+    The tokens of all texts are concatenated and cut into blocks of `max_length`.
+    """
     encoded = dataset.map(
-        partial(encode, tokenizer=tokenizer), batched=True, remove_columns=dataset.column_names,
+        partial(encode, tokenizer=tokenizer),
+        batched=True,
+        remove_columns=dataset.column_names,
         features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
-        num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache, desc=f"{what} data")
-    require(len(encoded), f"the {what} data has no text: all of its {len(dataset)} rows are blank")
-    chunks = encoded.data.column("input_ids").chunks
-    input_ids = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
-    ends = np.arange(max_length, len(input_ids) + 1, max_length)[:limit]
-    require(len(ends), f"too little {what} data: {len(input_ids)} tokens do not fill a block of {max_length}")
-    return Sequences(input_ids, ends - max_length, ends)
+        num_proc=args.preprocessing_num_workers,
+        load_from_cache_file=not args.overwrite_cache,
+        desc=f"Tokenizing {what} text",
+    )
+    if len(encoded) == 0:
+        raise InputError(f"the {what} data has no text: all of its {len(dataset)} rows are blank")
+
+    input_ids = read_tokens(encoded, "input_ids")
+    ends = np.arange(max_length, len(input_ids) + 1, max_length)
+    if len(ends) == 0:
+        raise InputError(
+            f"too little {what} data: {len(input_ids)} tokens do not fill a block of {max_length}"
+        )
+    starts = ends - max_length
+    return Sequences(input_ids, starts[:limit], ends[:limit])
+
+
+def read_tokens(encoded, column: str) -> np.ndarray:
+    """Concatenate the lists of a column, read in bulk from its Arrow chunks."""
+    chunks = encoded.data.column(column).chunks
+    return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+
+
+def make_collator(args, config, tokenizer, max_length: int):
+    """Make the collator that the flags ask for."""
+    whole_words = bool(args.whole_word_mask or args.train_ref_file or args.validation_ref_file)
+    return FlaxDataCollatorForLanguageModeling(
+        tokenizer, max_length, args.mlm_probability, whole_words
+    )
+
 
 def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
-    """This process's part of the global batch of `rows`: arrays [local devices, *shape, length] int32. Rows of -1 fill
-    up a partial batch and have no labels. `first_row` counts the rows before in the draws of `seed`."""
-    local = np.split(rows, jax.process_count())[jax.process_index()]
-    first_row += jax.process_index() * len(local)
-    input_ids = sequences.input_ids[sequences.starts[local, None] + np.arange(collator.max_length)]
-    rng = np.random.Generator(np.random.PCG64(seed).advance(first_row * collator.max_length))
-    batch = collator({"input_ids": input_ids}, rng)
-    batch["labels"][local < 0] = IGNORE
-    return {name: array.reshape(jax.local_device_count(), *shape, -1) for name, array in batch.items()}
+    """Collate this process's part of the global batch `rows`.
+
+    Args:
+        sequences: The tokenized sequences.
+        rows: Numbers of the sequences, [global batch] int64. A row of -1 fills a partial batch and
+            gets no labels.
+        collator: Adds the noise and the labels.
+        seed: Seed of the noise.
+        first_row: Number of rows that precede this batch among the draws of `seed`.
+        shape: ([accumulation steps,] sequences of a forward pass on one device).
+
+    Returns:
+        Arrays [local devices, *shape, length] int32.
+    """
+    local_rows = np.split(rows, jax.process_count())[jax.process_index()]
+    first_row += jax.process_index() * len(local_rows)
+
+    index = sequences.starts[local_rows, None] + np.arange(collator.max_length)
+    batch = {"input_ids": sequences.input_ids[index]}
+
+    bits = np.random.PCG64(seed).advance(first_row * collator.max_length)
+    batch = collator(batch, np.random.Generator(bits))
+    batch["labels"][local_rows < 0] = IGNORE
+    num_devices = jax.local_device_count()
+    return {name: array.reshape(num_devices, *shape, -1) for name, array in batch.items()}
+
 
 def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int, int]):
-    """The batches of `steps`, each a function of the seed and its number; an epoch is a permutation of all rows."""
-    num_rows, batch_size = len(sequences.ends), jax.device_count() * math.prod(shape)
-    permutation = lru_cache(1)(lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(num_rows))
+    """Generate the batches of `steps`, each a function of the seed and the number of the step.
+
+    An epoch takes the sequences in a random order of its own. The sequences that do not fill its
+    last batch are left out.
+    """
+
+    @lru_cache(maxsize=1)
+    def order_of(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, 0, epoch)).permutation(num_rows)
+
+    num_rows = len(sequences.ends)
+    batch_size = jax.device_count() * math.prod(shape)
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
-        rows = permutation(epoch)[index * batch_size : (index + 1) * batch_size]
+        rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
         yield make_batch(sequences, rows, collator, (seed, 1, step), 0, shape)
 
+
 def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
-    """Every row once, masked alike in every evaluation and on any number of devices."""
-    num_rows, batch_size = len(sequences.ends), jax.device_count() * per_device_batch_size
+    """Generate batches with every sequence once.
+
+    The masks depend on the seed alone: they are the same in every evaluation and for any number of
+    devices.
+    """
+    num_rows = len(sequences.ends)
+    batch_size = jax.device_count() * per_device_batch_size
     for start in range(0, num_rows, batch_size):
-        rows = np.where((rows := np.arange(start, start + batch_size)) < num_rows, rows, -1)
+        rows = np.arange(start, start + batch_size)
+        rows[rows >= num_rows] = -1
         yield make_batch(sequences, rows, collator, (seed, 2), start, (per_device_batch_size,))
 
+
 def prefetch(batches, size: int = 2, transform=None):
-    """`batches`, on the devices unless `transform` is given, made in a background thread up to `size` ahead of use."""
+    """Generate `batches`, made in a background thread up to `size` ahead of their use.
+
+    `transform` is applied to each. By default it moves them to the devices.
+    """
     batches = map(transform or shard, batches)
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(next, batches, None) for _ in range(size)]
@@ -382,317 +829,1134 @@ def prefetch(batches, size: int = 2, transform=None):
             pending.append(pool.submit(next, batches, None))
             yield batch
 
+
+# ---------------------------------------------------------------------------------------
+# Model and optimizer
+# ---------------------------------------------------------------------------------------
+
+
 def load_config_and_tokenizer(args):
-    """The config, its vocabulary as large as the tokenizer's at least, the tokenizer, and the length of inputs."""
-    name, load = args.config_name or args.model_name_or_path, partial(AutoConfig.from_pretrained, **args.hub_options)
-    config = explain(f"{name} has no config", load, name) if name else transformers.CONFIG_MAPPING[args.model_type]()
-    found = config.model_type
-    require(args.model_type in (None, found), f"--model_type {args.model_type}: {name} is of type {found}")
-    require(found in FAMILIES, f"{name}: it is of type {found}, not one of {', '.join(FAMILIES)}")
-    name = args.tokenizer_name or args.model_name_or_path
-    load = partial(AutoTokenizer.from_pretrained, use_fast=args.use_fast_tokenizer, **args.hub_options)
-    tokenizer = explain(f"{name} has no tokenizer", load, name)
-    if len(tokenizer) > config.vocab_size:  # JAX would clamp the ids beyond the table without a word
-        message = f"the tokenizer of {name} has {len(tokenizer)} tokens, the model's table {config.vocab_size}"
-        require(not args.model_name_or_path, f"{message}: they do not belong together")
-        logger.warning(f"{message}: the table is made larger.")
-        config.vocab_size = len(tokenizer)
-    if not getattr(config, "scale_decoder_outputs", found != "mt5" or (config.transformers_version or "4") < "5"):
-        config.tie_word_embeddings = False  # of version 1.1 and mT5, which Transformers 5 does not say any more
+    """Load config and tokenizer, make them fit each other, and choose the length of the inputs.
+
+    Returns config, tokenizer and length. Raises InputError if they do not fit.
+    """
+    config = load_config(args)
+    if config.model_type not in FAMILIES:
+        name = args.config_name or args.model_name_or_path
+        raise InputError(
+            f"{name}: it is of type {config.model_type}, not one of {', '.join(FAMILIES)}"
+        )
+    restore_clip_argument()
+    untie_embeddings(config)
     if config.decoder_start_token_id is None:
-        config.decoder_start_token_id = config.pad_token_id  # as T5's own configs have it
-    chosen = min(tokenizer.model_max_length, getattr(config, "n_positions", 512))
-    args.max_seq_length or logger.info(f"--max_seq_length is {chosen}, for positions are relative and set no limit.")
-    return config, tokenizer, args.max_seq_length or chosen
+        # T5's own configs have the pad token there.
+        config.decoder_start_token_id = config.pad_token_id
+    tokenizer = load_tokenizer(args)
+    enlarge_vocabulary(args, config, tokenizer)
+
+    length = args.max_seq_length
+    if length is None:
+        length = min(tokenizer.model_max_length, getattr(config, "n_positions", 512))
+        logger.info(
+            f"Using --max_seq_length {length}: relative positions set no limit to the length."
+        )
+    return config, tokenizer, length
+
+
+def untie_embeddings(config) -> None:
+    """Set `tie_word_embeddings: false` of T5 1.1 and mT5, where Transformers 5 has written true.
+
+    Its configs of T5 1.1 have `scale_decoder_outputs: false` beside it. Those of mT5 are recognized
+    by their version alone.
+    """
+    if hasattr(config, "scale_decoder_outputs"):
+        is_tied = config.scale_decoder_outputs
+    else:
+        is_from_transformers_5 = (config.transformers_version or "4") >= "5"
+        is_tied = config.model_type != "mt5" or not is_from_transformers_5
+    if not is_tied:
+        config.tie_word_embeddings = False
+
+
+def restore_clip_argument() -> None:
+    """Let the Flax classes of T5, mT5 and LongT5 call `jnp.clip(x, a_max=...)`.
+
+    Transformers 4.57 passes this argument, which jax 0.10 removed. The modules that pass it (mT5
+    uses that of T5) get a copy of the namespace `jax.numpy` with a `clip` that takes it. Delete
+    this function when Transformers no longer passes the argument.
+    """
+
+    def clip(x, a_min=None, a_max=None):
+        return jnp.clip(x, a_min, a_max)
+
+    for name in ("t5", "longt5"):
+        module = import_module(f"transformers.models.{name}.modeling_flax_{name}")
+        module.jnp = SimpleNamespace(**(vars(jnp) | {"clip": clip}))
+
+
+def load_config(args):
+    """Load the config that --config_name, --model_name_or_path or --model_type names."""
+    name = args.config_name or args.model_name_or_path
+    if name is None:
+        return transformers.CONFIG_MAPPING[args.model_type]()
+    with input_errors(f"{name} has no config"):
+        config = AutoConfig.from_pretrained(name, **args.hub_options)
+    if args.model_type not in (None, config.model_type):
+        raise InputError(f"--model_type {args.model_type}: {name} is of type {config.model_type}")
+    return config
+
+
+def load_tokenizer(args):
+    """Load the tokenizer that --tokenizer_name or --model_name_or_path names."""
+    name = args.tokenizer_name or args.model_name_or_path
+    with input_errors(f"{name} has no tokenizer"):
+        return AutoTokenizer.from_pretrained(
+            name, use_fast=args.use_fast_tokenizer, **args.hub_options
+        )
+
+
+def enlarge_vocabulary(args, config, tokenizer) -> None:
+    """Make the embedding table as large as the tokenizer. Raises InputError if it is pretrained.
+
+    JAX clamps token ids beyond the table without a warning.
+    """
+    if len(tokenizer) <= config.vocab_size:
+        return
+    message = (
+        f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, "
+        f"the model's table {config.vocab_size}"
+    )
+    if args.model_name_or_path:
+        raise InputError(f"{message}: they do not belong together")
+    logger.warning(f"{message}: the table is enlarged.")
+    config.vocab_size = len(tokenizer)
+
 
 def load_model(args, config):
-    """The Flax model, without parameters, and its float32 parameters; those not pretrained come from one program."""
-    options, name, params = {"config": config, "dtype": getattr(jnp, args.dtype)}, args.model_name_or_path, {}
-    model = explain("the config makes no model", FlaxAutoModelForSeq2SeqLM.from_config, **options, _do_init=False)
-    checkpointing = args.gradient_checkpointing and model.enable_gradient_checkpointing
-    checkpointing and explain(f"--gradient_checkpointing: {type(model).__name__} has none", checkpointing)
-    if name:
-        class Unread(type(model)):  # PyTorch's files are read into an initialized model only; NaN: not in the file
-            def init_weights(self, *_):
-                return jax.tree.map(lambda x: np.broadcast_to(np.float32("nan"), x.shape), model.params_shape_tree)
-        problem = f"{name} has no model of type {config.model_type} that fits its config"
-        pre = explain(problem, Unread.from_pretrained, name, **options, **args.hub_options)
-        params = {k: np.asarray(x) for k, x in flatten_dict(pre.to_fp32(pre.params)).items() if not np.isnan(x).all()}
-        require(params, f"{problem}: none of its weights")
-        model.generation_config = pre.generation_config
-    if missing := model.required_params - set(params):
-        params and logger.warning(f"{name} lacks {', '.join(sorted(map('.'.join, missing)))}: initialized at random.")
-        init = jax.jit(model.init_weights, static_argnums=1)(jax.random.PRNGKey(args.seed), model.input_shape)
-        params.update({path: np.asarray(x) for path, x in flatten_dict(init).items() if path in missing})
+    """Make the Flax model and its parameters.
+
+    Returns the model, which holds no parameters, and a tree of float32 NumPy arrays. Parameters
+    that are not pretrained are initialized by one compiled program. Raises InputError.
+    """
+    dtype = getattr(jnp, args.dtype)
+    with input_errors("the config makes no model"):
+        model = MODEL_CLASS.from_config(config, dtype=dtype, _do_init=False)
+    if args.gradient_checkpointing:
+        with input_errors(f"--gradient_checkpointing: {type(model).__name__} has none"):
+            model.enable_gradient_checkpointing()
+
+    params = {}
+    if args.model_name_or_path:
+        params = load_pretrained_params(args, config, model)
+    missing = model.required_params - set(params)
+    if missing:
+        if params:
+            names = ", ".join(sorted(".".join(path) for path in missing))
+            logger.warning(f"{args.model_name_or_path} lacks {names}: initialized at random.")
+        init_weights = jax.jit(model.init_weights, static_argnums=1)
+        initial = init_weights(jax.random.PRNGKey(args.seed), model.input_shape)
+        for path, array in flatten_dict(initial).items():
+            if path in missing:
+                params[path] = np.asarray(array)
     return model, unflatten_dict(params)
 
-def make_optimizer(args, num_steps: int):
-    """AdamW or Adafactor, decay times learning rate on matrices that are no biases; a table of the rate, by step."""
-    peak, warmup, decay_steps = args.learning_rate, args.warmup_steps, max(1, num_steps - args.warmup_steps)
-    after = {"linear": optax.linear_schedule(peak, 0.0, decay_steps),
-             "cosine": optax.cosine_decay_schedule(peak, decay_steps),
-             "constant": optax.constant_schedule(peak),
-             "inverse_sqrt": lambda step: peak / jnp.sqrt(1 + step / (warmup or 10_000))}[args.lr_scheduler_type]
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
-    matrices = partial(jax.tree_util.tree_map_with_path, lambda path, x: x.ndim > 1 and "bias" not in path[-1].key)
-    adam = partial(optax.adamw, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon)
-    optimizer = adam(schedule, weight_decay=args.weight_decay, mask=matrices)
+
+def load_pretrained_params(args, config, model) -> dict:
+    """Load the parameters of --model_name_or_path, float32, by their paths.
+
+    Those that its files lack are left out. Transformers reads PyTorch files into an initialized
+    model only, so it gets one whose parameters are NaN. What is still NaN was not in the files.
+    """
+    name = args.model_name_or_path
+
+    class UninitializedModel(type(model)):
+        def init_weights(self, *_):
+            return jax.tree.map(
+                lambda leaf: np.broadcast_to(np.float32("nan"), leaf.shape), model.params_shape_tree
+            )
+
+    problem = f"{name} has no model of type {config.model_type} that fits its config"
+    with input_errors(problem):
+        pretrained = UninitializedModel.from_pretrained(
+            name, config=config, dtype=getattr(jnp, args.dtype), **args.hub_options
+        )
+    model.generation_config = pretrained.generation_config
+    loaded = flatten_dict(pretrained.to_fp32(pretrained.params))
+    params = {path: np.asarray(array) for path, array in loaded.items()}
+    params = {path: array for path, array in params.items() if not np.isnan(array).all()}
+    if not params:
+        raise InputError(f"{problem}: none of its weights")
+    return params
+
+
+def make_schedule(args, num_steps: int):
+    """Linear warm-up, then --lr_scheduler_type. A function from the step to the learning rate."""
+    peak = args.learning_rate
+    warmup = args.warmup_steps
+    decay_steps = max(1, num_steps - warmup)
+    if args.lr_scheduler_type == "linear":
+        decay = optax.linear_schedule(peak, 0.0, decay_steps)
+    elif args.lr_scheduler_type == "cosine":
+        decay = optax.cosine_decay_schedule(peak, decay_steps)
+    elif args.lr_scheduler_type == "constant":
+        decay = optax.constant_schedule(peak)
+    else:
+
+        def decay(step):
+            return peak / jnp.sqrt(1 + step / (warmup or 10_000))
+
+    if not warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+def make_optimizer(args, schedule):
+    """AdamW or Adafactor, with decoupled weight decay on matrices only, not on biases or norms."""
+
+    def is_matrix(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf.ndim > 1 and "bias" not in path[-1].key, params
+        )
+
+    def scheduled_weight_decay(step):
+        return args.weight_decay * schedule(step)
+
     if args.adafactor:
-        decay = lambda step: args.weight_decay * schedule(step)  # noqa: E731
-        optimizer = optax.adafactor(schedule, weight_decay_rate=decay, weight_decay_mask=matrices)
+        optimizer = optax.adafactor(
+            schedule, weight_decay_rate=scheduled_weight_decay, weight_decay_mask=is_matrix
+        )
+    else:
+        optimizer = optax.adamw(
+            schedule,
+            b1=args.adam_beta1,
+            b2=args.adam_beta2,
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            mask=is_matrix,
+        )
     clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
-    return optax.chain(clip, optimizer), np.asarray(jax.vmap(schedule)(jnp.arange(num_steps + 1))).__getitem__
+    return optax.chain(clip, optimizer)
 
-def embed(next_function, args, kwargs, context):
-    """Interceptor: rounds embeddings after the lookup, so that the gradients of equal tokens are summed in float32."""
-    module, here = context.module, type(context.module) is nn.Embed and context.method_name == "__call__"
-    return jnp.take(module.embedding, *args, axis=0).astype(module.dtype) if here else next_function(*args, **kwargs)
 
-def train_step(state, totals, batch, seed, **fixed):
-    """One optimizer step on one device; leaves of `batch` are [accumulation, batch, length] int32, `totals` sums since
-    the last log line. Gradients of `loss_sums(**fixed)` are summed over micro-batches and devices, divided once."""
+def plan_steps(args, train_set) -> tuple[int, int, int]:
+    """Return the global batch size, the steps of an epoch, and the steps in all.
+
+    Without training all but the batch size are 0. Raises InputError if the data does not fill a
+    batch.
+    """
+    batch_size = (
+        jax.device_count() * args.gradient_accumulation_steps * args.per_device_train_batch_size
+    )
+    if not args.do_train:
+        return batch_size, 0, 0
+    steps_per_epoch = len(train_set) // batch_size
+    if steps_per_epoch == 0:
+        raise InputError(
+            f"too little training data: {len(train_set)} sequences, and a batch takes {batch_size}"
+        )
+    if args.max_steps > 0:
+        return batch_size, steps_per_epoch, args.max_steps
+    return batch_size, steps_per_epoch, math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
+def create_train_state(params, optimizer) -> TrainState:
+    """Make the state of step 0 by one compiled program: NumPy arrays on the host."""
+    create = jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))
+    return jax.device_get(create(params=params))
+
+
+# ---------------------------------------------------------------------------------------
+# Training and evaluation steps
+# ---------------------------------------------------------------------------------------
+
+
+def embed_in_float32(next_function, args, kwargs, context):
+    """Interceptor for `flax.linen.Embed`: round embeddings to the compute dtype after the lookup.
+
+    Flax rounds the table before it, so that the gradients of equal tokens are summed in bfloat16.
+    That is wrong by up to half of the gradient's norm (tests/test_embeddings.py).
+    """
+    module = context.module
+    if type(module) is not nn.Embed or context.method_name != "__call__":
+        return next_function(*args, **kwargs)
+    return jnp.take(module.embedding, *args, axis=0).astype(module.dtype)
+
+
+def train_step(state, totals, batch, loss_fn, schedule, seed: int):
+    """Take one optimizer step. Runs on each device under `jax.pmap` with axis "batch".
+
+    Args:
+        state: The TrainState.
+        totals: Sums since the last log line, float32 scalars: `loss`, `predicted` and `tokens`.
+            Beside them `grad_norm`, also summed, and `learning_rate` of the last step.
+        batch: Arrays [accumulation steps, batch, length] int32.
+        loss_fn: `loss_sums` as a function of (params, batch, dropout_rng).
+        schedule: Function from the step to the learning rate.
+        seed: Seed of dropout.
+
+    Returns:
+        The new state and totals. Gradients are summed over the accumulation steps and all devices,
+        then divided once by the number of predicted tokens.
+    """
     rng = jax.random.fold_in(jax.random.key(seed, impl=DROPOUT_PRNG), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
+
     def micro_step(sums, inputs):
         micro_batch, index = inputs
-        grad_fn, key = nn.intercept_methods(embed)(jax.grad(loss_sums, has_aux=True)), jax.random.fold_in(rng, index)
-        return jax.tree.map(jnp.add, sums, grad_fn(state.params, micro_batch, dropout_rng=key, **fixed)), None
+        dropout_rng = jax.random.fold_in(rng, index)
+        with nn.intercept_methods(embed_in_float32):
+            grad_fn = jax.grad(loss_fn, has_aux=True)
+            grads_and_sums = grad_fn(state.params, micro_batch, dropout_rng=dropout_rng)
+        return jax.tree.map(jnp.add, sums, grads_and_sums), None
+
     zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": 0.0, "predicted": 0.0}))
-    (grads, sums), _ = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(len(batch["labels"]))))
+    num_micro_steps = len(batch["labels"])
+    (grads, sums), _ = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(num_micro_steps)))
     sums["tokens"] = batch["attention_mask"].sum(dtype=jnp.float32)
+
     grads, sums = jax.lax.psum((grads, sums), "batch")
     grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums["predicted"], 1), grads)
     sums["grad_norm"] = optax.global_norm(grads)
-    return state.apply_gradients(grads=grads), jax.tree.map(jnp.add, totals, sums)
+    new_totals = {name: totals[name] + value for name, value in sums.items()}
+    new_totals["learning_rate"] = jnp.float32(schedule(state.step))
+    return state.apply_gradients(grads=grads), new_totals
 
-def evaluate(p_eval_step, sequences, collator, seed: int, batch_size: int, params) -> dict[str, float]:
-    """Mean loss of all predicted tokens, perplexity, and accuracy if `loss_sums` counts it."""
-    sums = [p_eval_step(params, batch) for batch in prefetch(eval_batches(sequences, collator, seed, batch_size))]
-    sums = {name: sum(float(np.asarray(batch[name])[0]) for batch in sums) for name in sums[0]}
-    means = {f"eval_{name}": sums[name] / max(sums["predicted"], 1) for name in ("loss", "accuracy") if name in sums}
-    return {**means, "eval_perplexity": math.exp(min(means["eval_loss"], 700))}
 
-def shard(tree):
-    """Arrays [local devices, ...] onto the local devices, on the mesh where pmap over "batch" puts its own output; on
-    another, as of `flax.jax_utils.replicate`, pmap of jax 0.8 and later compiles anew when that comes back."""
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("batch",))
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch")))
+def zero_totals():
+    """The totals of `train_step` before the first step, on all devices."""
+    names = ("loss", "predicted", "tokens", "grad_norm", "learning_rate")
+    return replicate({name: np.float32(0) for name in names})
+
+
+def eval_step(params, batch, loss_fn):
+    """Sums of one batch over all devices. Runs under `jax.pmap` with axis "batch"."""
+    _, sums = loss_fn(params, batch)
+    return jax.lax.psum(sums, "batch")
+
+
+def evaluate(args, p_eval_step, eval_set, collator, log, params, step: int) -> dict[str, float]:
+    """Evaluate `params`, and log and return the results.
+
+    These are the mean loss of all predicted tokens, its perplexity, and the accuracy if `loss_sums`
+    counts it.
+    """
+    batch_size = args.per_device_eval_batch_size
+    batches = eval_batches(eval_set, collator, args.seed, batch_size)
+    num_batches = math.ceil(len(eval_set) / (jax.device_count() * batch_size))
+    totals = {}
+    pending = None
+    with log.bar("Evaluating", num_batches, unit="batch", leave=False) as bar:
+        for batch in prefetch(batches):
+            # Fetch the sums of a batch when the devices have the next one to work on.
+            sums = p_eval_step(params, batch)
+            add_host_values(totals, pending)
+            pending = sums
+            bar.update()
+        add_host_values(totals, pending)
+
+    num_predicted = max(totals["predicted"], 1)
+    results = {"eval_loss": totals["loss"] / num_predicted}
+    if "accuracy" in totals:
+        results["eval_accuracy"] = totals["accuracy"] / num_predicted
+    results["eval_perplexity"] = math.exp(min(results["eval_loss"], 700))
+    log.scalars(results, step)
+    return results
+
+
+def add_host_values(totals: dict[str, float], sums) -> None:
+    """Add the sums, which are equal on all devices, to `totals`. Waits for their computation."""
+    for name, array in (sums or {}).items():
+        totals[name] = totals.get(name, 0.0) + float(np.asarray(array)[0])
+
+
+def train(args, state, p_train_step, batches, steps: range, log, saver, stop, evaluate_now):
+    """Run the training loop.
+
+    Args:
+        args: The settings.
+        state: The TrainState on the devices. Its buffers are donated.
+        p_train_step: `train_step` under pmap.
+        batches: The batches of `steps`.
+        steps: The steps to take, counted from 0.
+        log: The TrainingLog.
+        saver: The Saver, or None in a process that does not write.
+        stop: The StopSignals.
+        evaluate_now: Function of parameters and step.
+
+    Returns:
+        The last state, and the number of steps that it has taken.
+    """
+    eval_steps = args.eval_steps or log.steps_per_epoch
+    totals = zeros = zero_totals()
+    step = steps.start
+    for step, batch in enumerate(prefetch(batches), steps.start + 1):
+        previous_totals = totals
+        state, totals = p_train_step(state, totals, batch)
+        # The host stays exactly one step ahead of the devices.
+        jax.block_until_ready(previous_totals)
+        log.flush()
+        log.training_bar.update()
+
+        is_last = stop.check(step) or step == steps.stop
+        is_save = step % args.save_steps == 0 or is_last
+        if step % args.logging_steps == 0 or is_save:
+            log.due = (step, totals)
+            totals = zeros
+        if is_save:
+            # Raises InputError if the loss is not finite, so that such a state is never saved.
+            log.flush()
+            if saver:
+                saver.save(state, step, is_last)
+        if stop.agreed:
+            break
+        if args.do_eval and step % eval_steps == 0 and not is_last:
+            evaluate_now(state.params, step)
+
+    if saver and step == steps.start:
+        # All steps were taken before. That run may have been killed before it exported the model.
+        saver.save(state, step, is_last=True)
+    return state, step
+
+
+# ---------------------------------------------------------------------------------------
+# Plumbing (the same in every script)
+# ---------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str]):
+    """Read all settings from the command line, or from the one .json file that it names.
+
+    Raises InputError.
+    """
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        with input_errors(f"{argv[0]}: no JSON object"):
+            settings = json.loads(Path(argv[0]).read_text("utf-8")).items()
+        argv = [f"--{name}={value}" for name, value in settings if value is not None]
+    parser = HfArgumentParser(
+        (ModelArguments, DataTrainingArguments, TrainingArguments),
+        allow_abbrev=False,
+        description=__doc__.partition("\n\n    ")[0],
+        usage="%(prog)s --output_dir DIR [--FLAG VALUE ...] | FILE.json",
+    )
+    parser.error = raise_input_error
+    if {"-h", "--help"} & set(argv):
+        simplify_help(parser)
+        argv = ["--help"]
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        # Only flags are shown: a value may be a secret.
+        unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]
+        raise InputError(f"unknown arguments: {' '.join(unknown) or 'a value without a flag'}")
+
+    if not args.do_train and not args.do_eval:
+        args.do_train = True
+        args.do_eval = True
+    args.hub_options = {
+        "cache_dir": args.cache_dir,
+        "token": args.token,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    has_model = (Path(args.output_dir) / "flax_model.msgpack").is_file()
+    if has_model and not args.do_train and not args.model_name_or_path:
+        args.model_name_or_path = args.output_dir
+    check_args(args)
+    check_objective_args(args)
+    return args
+
+
+def raise_input_error(message: str):
+    """Raise InputError. argparse's own `error` prints the usage of sixty flags first."""
+    raise InputError(message)
+
+
+def simplify_help(parser) -> None:
+    """Show each flag in one spelling, with the kind of its value, and its default if it has one."""
+    for action in parser._actions:
+        action.option_strings = action.option_strings[:1]
+        if isinstance(action.const, bool):
+            action.nargs = 0
+        if not action.choices:
+            action.metavar = action.dest.split("_")[-1].upper()
+        if str(action.default) in ("None", "False"):
+            # A help text that mentions its default gets no "(default: None)".
+            action.help += "%(default).0s"
+
+
+def check_args(args) -> None:
+    """Check the flags that all scripts have. Raises InputError."""
+    check_range(
+        args,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+        "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples "
+        "preprocessing_num_workers",
+        "at least 1",
+        lambda value: value >= 1,
+    )
+    check_range(args, "max_steps", "at least 1, or -1", lambda value: value >= 1 or value == -1)
+    check_range(
+        args,
+        "warmup_steps learning_rate weight_decay max_grad_norm",
+        "at least 0",
+        lambda value: 0 <= value < math.inf,
+    )
+    check_range(
+        args, "num_train_epochs adam_epsilon", "above 0", lambda value: 0 < value < math.inf
+    )
+    check_range(
+        args, "adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1
+    )
+    check_range(
+        args, "validation_split_percentage", "between 0 and 99", lambda value: 0 <= value <= 99
+    )
+    check_range(args, "output_dir", "a local folder", lambda value: "://" not in value)
+    check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
+
+    has_new_model = args.do_train and (args.config_name or args.model_type)
+    if not args.model_name_or_path and not has_new_model:
+        raise InputError(
+            "no model: give --model_name_or_path, or, to train from scratch, --config_name or "
+            "--model_type"
+        )
+    if not args.tokenizer_name and not args.model_name_or_path:
+        raise InputError("no tokenizer: give --tokenizer_name or --model_name_or_path")
+    file = args.train_file or args.validation_file
+    if not file and not args.dataset_name:
+        raise InputError("no data: give --dataset_name or --train_file")
+    if file and args.dataset_name:
+        raise InputError(f"two data sources: --dataset_name {args.dataset_name} and {file}")
+    if args.do_train and args.validation_file and not args.train_file:
+        raise InputError("--validation_file needs --train_file, or --do_eval alone")
+
+
+def check_range(args, names: str, meaning: str, holds) -> None:
+    """Raise InputError for the first of the flags `names` whose value `holds` refuses."""
+    for name in names.split():
+        value = getattr(args, name, None)
+        if value is not None and not holds(value):
+            raise InputError(f"--{name} {value}: it must be {meaning}")
+
 
 class TrainingLog:
-    """Log lines and TensorBoard scalars; values are fetched a step late, when the devices have the next one to do."""
-    def __init__(self, output_dir: Path):
-        self.writer, self.due, self.results = Writer(str(output_dir)) if jax.process_index() == 0 else None, None, {}
-        self.start = self.last = time.perf_counter()
-    def scalars(self, values: dict[str, float], step: int):
-        [self.writer.add_scalar(name, value, step) for name, value in values.items() if self.writer]
-        self.writer and self.writer.flush()
-        logger.info(f"Step {step}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
-    def flush(self, schedule):
-        """Writes the means that are due. Raises InputError if loss or gradients are not finite."""
-        if self.due:
-            (step, totals), self.due = self.due, None
-            sums, now = {name: float(np.asarray(x)[0]) for name, x in totals.items()}, time.perf_counter()
-            require(all(map(math.isfinite, sums.values())), f"step {step}: loss not finite; lower --learning_rate?")
-            means = {"loss": sums["loss"] / max(sums["predicted"], 1), "learning_rate": float(schedule(step - 1))}
-            means |= {"time": now - self.start, "tokens_per_second": sums["tokens"] / (now - self.last)}
-            self.results, self.last = {f"train_{name}": value for name, value in means.items()}, now
-            self.scalars(self.results, step)
+    """Log lines, TensorBoard scalars and progress bars.
 
-def write_results(output_dir: Path, results: dict[str, float], split: str):
-    """SPLIT_results.json, and the same values among those of all_results.json, each written aside and renamed."""
-    path = output_dir / "all_results.json"
-    every = {**(json.loads(path.read_text()) if path.exists() else {}), **results}
-    for name, content in ((path.name, every), (f"{split}_results.json", results)):
-        (output_dir / f"{name}.tmp").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        (output_dir / f"{name}.tmp").replace(output_dir / name)
+    To fetch a value is to wait for the step that computes it. So the loop sets `due` to a step and
+    its totals, and `flush` fetches them when the devices have the next step to work on.
+    """
+
+    def __init__(self, args, steps: range, steps_per_epoch: int | None):
+        is_writer = jax.process_index() == 0
+        self.writer = Writer(str(args.output_dir)) if is_writer else None
+        self.show_bars = is_writer and not args.disable_tqdm and sys.stderr.isatty()
+        self.steps = steps
+        self.steps_per_epoch = steps_per_epoch
+        self.training_bar = None
+        self.due = None
+        self.results = {}
+        self.start = time.perf_counter()
+        self.last = self.start
+
+    def __enter__(self):
+        self.training_bar = self.bar(
+            "Training", self.steps.stop, initial=self.steps.start, unit="step"
+        )
+        return self
+
+    def __exit__(self, *_):
+        self.training_bar.close()
+
+    def bar(self, description: str, total: int, **options) -> tqdm:
+        """A progress bar, which shows nothing where there is no terminal."""
+        disable = not self.show_bars
+        return tqdm(desc=description, total=total, dynamic_ncols=True, disable=disable, **options)
+
+    def flush(self) -> None:
+        """Write the means that are due. Raises InputError if loss or gradients are not finite."""
+        if self.due is None:
+            return
+        step, totals = self.due
+        self.due = None
+        sums = {name: float(np.asarray(array)[0]) for name, array in totals.items()}
+        if not all(math.isfinite(value) for value in sums.values()):
+            raise InputError(f"step {step}: loss not finite; lower --learning_rate?")
+        now = time.perf_counter()
+        self.results = {
+            "train_loss": sums["loss"] / max(sums["predicted"], 1),
+            "train_learning_rate": sums["learning_rate"],
+            "train_time": now - self.start,
+            "train_tokens_per_second": sums["tokens"] / (now - self.last),
+        }
+        self.last = now
+        shown = [f"epoch {step / self.steps_per_epoch:.2f}"] if self.steps_per_epoch else []
+        shown.append(f"loss {self.results['train_loss']:.3f}")
+        shown.append(f"{self.results['train_tokens_per_second']:,.0f} tokens/s")
+        self.training_bar.set_postfix_str(", ".join(shown))
+        self.scalars(self.results, step)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write values to TensorBoard and to the log."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+        shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
+        logger.info(f"Step {step}: {shown}")
+
+
+def write_results(output_dir: str, results: dict[str, float], split: str) -> None:
+    """Write SPLIT_results.json, and add the same values to all_results.json."""
+    path = Path(output_dir, "all_results.json")
+    previous = json.loads(path.read_text()) if path.exists() else {}
+    for name, content in ((path.name, previous | results), (f"{split}_results.json", results)):
+        temporary = path.with_name(f"{name}.tmp")
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        temporary.replace(path.with_name(name))
+
+
+def shard(tree):
+    """Move arrays [local devices, ...] to the local devices.
+
+    They get the mesh that pmap over "batch" gives its own outputs. With that of
+    `flax.jax_utils.replicate`, pmap of jax 0.8 and later compiles a second time when its outputs
+    come back as inputs.
+    """
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("batch",))
+    return jax.device_put(
+        tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    )
+
+
+def replicate(tree):
+    """Copy arrays to all local devices, [local devices, ...]."""
+    num_devices = jax.local_device_count()
+    return shard(
+        jax.tree.map(lambda leaf: np.broadcast_to(leaf, (num_devices, *np.shape(leaf))), tree)
+    )
+
+
+def fetch(tree):
+    """Copy the first device's copy of replicated arrays to the host, all arrays at once.
+
+    The result shares no memory with the devices, which may reuse theirs. `leaf[0]` would run a
+    program for each array.
+    """
+    first = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, tree)
+    return jax.tree.map(lambda leaf: np.array(leaf)[0, ...], jax.device_get(first))
+
 
 def to_pytorch(params) -> dict[str, np.ndarray]:
     """Flax parameters under the names and in the layout of Transformers' PyTorch classes."""
-    names, flat = {"kernel": "weight", "scale": "weight", "embedding": "weight"}, flatten_dict(params)
-    named = {(*path, names.get(name, name)): x.T if name == "kernel" else x for (*path, name), x in flat.items()}
-    return {".".join(path): np.ascontiguousarray(x) for path, x in named.items()}
+    names = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+    arrays = {}
+    for (*path, name), array in flatten_dict(params).items():
+        if name == "kernel":
+            array = array.T
+        arrays[".".join([*path, names.get(name, name)])] = np.ascontiguousarray(array)
+    return arrays
 
-class Saver(ThreadPoolExecutor):
-    """Writes what a run leaves, in the background: a checkpoint, then the model, then the upload."""
-    def __init__(self, args, model, tokenizer, run: dict, step: int, upload):
-        super().__init__(2)
-        self.model, self.tokenizer, self.run, self.upload = model, tokenizer, run, upload
-        self.output_dir, self.aside = Path(args.output_dir), Path(args.output_dir) / ".tmp"
-        self.saving, self.uploading, checkpoints = None, None, self.output_dir.absolute() / "checkpoints"
-        shutil.rmtree(self.aside, ignore_errors=True)
-        if args.overwrite_output_dir and args.resume_from_checkpoint is None and checkpoints.exists():
-            shutil.rmtree(checkpoints.rename(self.aside))  # gone at once, not bit by bit
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        options = CheckpointOptions(max_to_keep=args.save_total_limit, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(checkpoints, options=options)
-        [self.manager.delete(later) for later in self.manager.all_steps() if later > step]
-    def save(self, state, step: int, last: bool, **more):
-        """Returns as soon as `state` is copied from the device and the save before is written; `more` goes along."""
-        state = jax.tree.map(lambda x: x.addressable_shards[0].data, state)  # without the program that x[0] runs
-        state = jax.tree.map(lambda x: np.array(x)[0, ...], jax.device_get(state))  # all transfers at once
-        self.saving and explain(f"{self.output_dir}: a save failed, those before are whole", self.saving.result)
-        self.saving = self.submit(self.write, state, step, last, {**self.run, **more})
-    def write(self, state, step: int, last: bool, run: dict):
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
-        step in self.manager.all_steps() or self.manager.save(step, args=items)
-        if self.uploading and not self.uploading.done() and not last:
-            return  # no file may change during an upload; a later save exports
-        self.uploading and self.uploading.result()
-        self.model.save_pretrained(self.aside, params=state.params, max_shard_size="1000GB")  # one file
-        self.tokenizer.save_pretrained(self.aside)
-        save_file(to_pytorch(state.params), self.aside / "model.safetensors", metadata={"format": "pt"})
-        (self.aside / "model.safetensors").chmod((self.aside / "config.json").stat().st_mode)  # else the owner's alone
-        [file.replace(self.output_dir / file.name) for file in self.aside.iterdir()]
-        self.aside.rmdir()
-        self.uploading = self.upload and not last and self.submit(self.try_upload, step)
-    def try_upload(self, step: int):
-        try:
-            self.upload(f"Step {step}", "events.*")  # which still grow
-        except Exception as error:  # of the network or the server
-            logger.warning(f"The upload of step {step} failed, the next repairs it: {' '.join(str(error).split())}")
+
+def leaf_name(path) -> str:
+    """Name of a leaf of the state in a checkpoint, such as params/lm_head/bias."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def write_checkpoint(checkpoints: Path, state, step: int, settings: dict) -> None:
+    """Write the folder checkpoints/STEP, which gets its name when it is complete.
+
+    It holds `state.safetensors`, the leaves of `state` by `leaf_name`, and `run.json`, the settings
+    and the SHA-256 of both.
+    """
+    temporary = checkpoints / f"{step}.tmp"
+    temporary.mkdir()
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    save_file({leaf_name(path): np.asarray(leaf) for path, leaf in leaves}, temporary / STATE_FILE)
+    run = {
+        "step": step,
+        "settings": settings,
+        "versions": {module.__name__: module.__version__ for module in (jax, optax, transformers)},
+        "state_sha256": file_sha256(temporary / STATE_FILE),
+    }
+    run["run_sha256"] = settings_sha256(run)
+    (temporary / RUN_FILE).write_text(json.dumps(run, indent=2))
+    # A crash of the machine must not leave a folder whose name is there and whose content is not.
+    for path in (temporary / STATE_FILE, temporary / RUN_FILE, temporary):
+        sync_to_disk(path)
+    temporary.rename(checkpoints / str(step))
+    sync_to_disk(checkpoints)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file or a folder's list of files is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def settings_sha256(run: dict) -> str:
+    """SHA-256 of the content of `run.json` without this checksum."""
+    content = {name: value for name, value in run.items() if name != "run_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_run(checkpoint: Path) -> dict:
+    """The content of a checkpoint's `run.json`. Raises ValueError if a checksum does not match."""
+    run = json.loads((checkpoint / RUN_FILE).read_text())
+    if run["run_sha256"] != settings_sha256(run):
+        raise ValueError(f"{RUN_FILE} does not match its checksum")
+    if run["state_sha256"] != file_sha256(checkpoint / STATE_FILE):
+        raise ValueError(f"{STATE_FILE} does not match its checksum")
+    return run
+
+
+def read_state(checkpoint: Path, like):
+    """The state of a checkpoint, in the tree of `like`. Raises InputError if its arrays differ."""
+    arrays = load_file(checkpoint / STATE_FILE)
+
+    def leaf(path, expected):
+        array = arrays.get(leaf_name(path))
+        if array is None or array.shape != np.shape(expected):
+            raise InputError(f"{checkpoint}: it has no {leaf_name(path)} of this model's shape")
+        return array
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def delete_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, which loses its name at once, and its files one by one after that."""
+    temporary = checkpoint.with_name(f"{checkpoint.name}.tmp")
+    shutil.rmtree(checkpoint.rename(temporary))
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of an output directory, newest first."""
+    folder = output_dir / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else []
+    found = [path for path in found if path.name.isdigit()]
+    return sorted(found, key=lambda path: -int(path.name))
+
+
+def check_output_dir(args) -> None:
+    """Raise InputError if --output_dir cannot be written or holds files of something else."""
+    output_dir = Path(args.output_dir).absolute()
+    parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    with input_errors(f"--output_dir {output_dir}: {parent} is not writable"):
+        tempfile.TemporaryFile(dir=parent).close()
+    is_empty = parent != output_dir or not any(output_dir.iterdir())
+    sources = [Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name]
+    is_ours = (
+        args.overwrite_output_dir
+        or not args.do_train
+        or args.resume_from_checkpoint
+        or (output_dir / "checkpoints").is_dir()
+        or output_dir in sources
+    )
+    if not is_ours and not is_empty:
+        raise InputError(
+            f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?"
+        )
+
 
 def find_checkpoints(args) -> list[Path]:
-    """Checkpoints to resume from, newest first, own before another run's. Raises InputError if it may not write."""
-    output_dir, wanted, anew = Path(args.output_dir).absolute(), args.resume_from_checkpoint, args.overwrite_output_dir
-    parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    explain(f"--output_dir {output_dir}: {parent} is not writable", tempfile.TemporaryFile, dir=parent)
-    ours = anew or not args.do_train or wanted or (output_dir / "checkpoints").is_dir()
-    ours = ours or output_dir in {Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name}
-    empty = parent != output_dir or not any(output_dir.iterdir())
-    require(ours or empty, f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?")
-    path, below = Path(wanted or output_dir).absolute(), "checkpoints/*"
-    found = [p for p in (path, *path.glob(below)) if p.match(below) and p.name.isdigit() and p.exists()]
-    require(found or wanted is None, f"--resume_from_checkpoint {path}: it has no checkpoint")
-    found += [p for p in output_dir.glob(below) if p.name.isdigit() and not (anew or path.is_relative_to(output_dir))]
-    return [] if anew and wanted is None else sorted(found, key=lambda p: (output_dir not in p.parents, -int(p.name)))
+    """The checkpoints to resume from, the best first; none for a new run. Raises InputError.
 
-def restore(checkpoints: list[Path], state, run: dict):
-    """The first readable checkpoint, as a host copy of `state`, and its step. Raises InputError if of another run."""
-    for path in checkpoints:
-        manager, step = ocp.CheckpointManager(path.parent, options=CheckpointOptions(read_only=True)), int(path.name)
+    The run's own come before those of another run that --resume_from_checkpoint names: the same
+    command, given again, resumes where it was.
+    """
+    output_dir = Path(args.output_dir).absolute()
+    if args.resume_from_checkpoint is None:
+        return [] if args.overwrite_output_dir else list_checkpoints(output_dir)
+    path = Path(args.resume_from_checkpoint or output_dir).absolute()
+    is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir()
+    wanted = [path] if is_checkpoint else list_checkpoints(path)
+    if not wanted:
+        raise InputError(f"--resume_from_checkpoint {path}: it has no checkpoint")
+    if args.overwrite_output_dir or path.is_relative_to(output_dir):
+        return wanted
+    return [*list_checkpoints(output_dir), *wanted]
+
+
+def settings_to_match(args, config, batch_size: int) -> dict:
+    """The settings in which a run must agree with the checkpoint that it resumes from."""
+    settings = json.loads(config.to_json_string())
+    # Another version of Transformers may resume.
+    settings |= {"transformers_version": None, "architectures": None}
+    settings["batch_size"] = batch_size
+    settings["optimizer"] = "Adafactor" if args.adafactor else "AdamW"
+    return settings
+
+
+def restore(checkpoints: list[Path], state, settings: dict):
+    """Read the first readable checkpoint.
+
+    Returns the state, on the host, its step, and the settings stored with it. Raises InputError if
+    the checkpoint is of another model, optimizer or batch size, or if none can be read.
+    """
+    for checkpoint in checkpoints:
         try:
-            found = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-            for name, value in run.items():
-                require(found.get(name, value) == value, f"{path}: its {name} is {found.get(name)}, here {value}")
-            return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state, step
+            run = read_run(checkpoint)
+            for name, value in settings.items():
+                found = run["settings"].get(name, value)
+                if found != value:
+                    raise InputError(f"{checkpoint}: its {name} is {found}, here {value}")
+            return read_state(checkpoint, state), run["step"], run["settings"]
         except InputError:
             raise
-        except Exception as error:  # whatever a damaged file makes of it
-            logger.warning(f"{path} cannot be read and is skipped: {str(error).splitlines()[0][:200]}")
-            time.sleep(0.5)  # for the reads that Orbax leaves pending
-    raise InputError(f"{checkpoints[0].parent}: no checkpoint can be read; --overwrite_output_dir starts over")
+        except Exception as error:
+            # A damaged file can raise anything.
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            logger.warning(f"{checkpoint} cannot be read and is skipped: {reason}")
+    raise InputError(
+        f"{checkpoints[0].parent}: no checkpoint can be read; --overwrite_output_dir starts over"
+    )
+
+
+class Saver:
+    """Writes a run's checkpoints and model, and uploads them, in background threads.
+
+    Every file and every checkpoint gets its name when it is complete.
+    """
+
+    def __init__(self, args, model, tokenizer, settings: dict, first_step: int, upload):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.upload = upload
+        self.save_total_limit = args.save_total_limit
+        self.output_dir = Path(args.output_dir)
+        self.checkpoints = self.output_dir / "checkpoints"
+        self.temporary = self.output_dir / ".tmp"
+        self.pool = ThreadPoolExecutor(2)
+        self.saving = None
+        self.uploading = None
+        self.clean_up(args, first_step)
+
+    def clean_up(self, args, first_step: int) -> None:
+        """Delete what an interrupted run left, and the checkpoints that this run replaces."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        starts_over = args.overwrite_output_dir and args.resume_from_checkpoint is None
+        if starts_over and self.checkpoints.exists():
+            # One rename removes them all at once.
+            shutil.rmtree(self.checkpoints.rename(self.temporary))
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in self.checkpoints.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        for checkpoint in list_checkpoints(self.output_dir):
+            if int(checkpoint.name) > first_step:
+                delete_checkpoint(checkpoint)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown()
+
+    def save(self, state, step: int, is_last: bool, **position) -> None:
+        """Save `state` and, with its settings, `position`.
+
+        Returns when the state is copied from the device and the previous save is written.
+        """
+        state = fetch(state)
+        self.wait(f"{self.output_dir}: a save failed, those before are whole")
+        settings = self.settings | position
+        self.saving = self.pool.submit(self.write, state, step, is_last, settings)
+
+    def wait(self, message: str) -> None:
+        """Wait for the save in progress. Raises InputError if it failed."""
+        if self.saving:
+            with input_errors(message):
+                self.saving.result()
+
+    def write(self, state, step: int, is_last: bool, settings: dict) -> None:
+        """Write a checkpoint and the model, and start an upload."""
+        if not (self.checkpoints / str(step)).exists():
+            write_checkpoint(self.checkpoints, state, step, settings)
+            for checkpoint in list_checkpoints(self.output_dir)[self.save_total_limit :]:
+                delete_checkpoint(checkpoint)
+        if self.uploading and not self.uploading.done() and not is_last:
+            # No file may change during an upload. A later save exports the model.
+            return
+        if self.uploading:
+            self.uploading.result()
+        self.export(state.params)
+        if self.upload and not is_last:
+            self.uploading = self.pool.submit(self.try_upload, step)
+
+    def export(self, params) -> None:
+        """Write the model and the tokenizer for `from_pretrained` in Flax and in PyTorch."""
+        # The limit is beyond any model, so that all weights are in one file.
+        self.model.save_pretrained(self.temporary, params=params, max_shard_size="1000GB")
+        self.tokenizer.save_pretrained(self.temporary)
+        weights = self.temporary / "model.safetensors"
+        save_file(to_pytorch(params), weights, metadata={"format": "pt"})
+        # safetensors lets only the owner read its files.
+        weights.chmod((self.temporary / "config.json").stat().st_mode)
+        for file in self.temporary.iterdir():
+            file.replace(self.output_dir / file.name)
+        self.temporary.rmdir()
+
+    def try_upload(self, step: int) -> None:
+        """Upload the output directory. A failure is a warning: the next upload repairs it."""
+        try:
+            # The files of TensorBoard still grow.
+            self.upload(f"Step {step}", "events.*")
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            logger.warning(f"The upload of step {step} failed, the next repairs it: {reason}")
+
 
 def connect_hub(args):
-    """Creates the repository and returns a function that uploads output_dir to it. Raises InputError."""
-    api, output_dir = huggingface_hub.HfApi(token=args.hub_token or args.token), Path(args.output_dir)
-    name = args.hub_model_id or output_dir.absolute().name
-    problem = f"--push_to_hub: no access to {name}, may --hub_token write there?"
-    repo_id = explain(problem, api.create_repo, name, exist_ok=True).repo_id
-    explain(problem, api.preupload_lfs_files, repo_id, [huggingface_hub.CommitOperationAdd("a", b"-")])  # writes?
-    upload, ignored = partial(api.upload_folder, repo_id=repo_id, folder_path=output_dir), ["checkpoints/**", "*.tmp*"]
-    return lambda message, *more: upload(commit_message=message, ignore_patterns=[*ignored, *more])
+    """Create the repository on the Hub and check that it can be written to.
 
-def set_up(args):
-    """This process's part in the cluster, logging, and a compilation cache that makes the second start fast."""
+    Returns a function of a commit message and patterns of files to leave out, which uploads
+    --output_dir. Raises InputError.
+    """
+    api = huggingface_hub.HfApi(token=args.hub_token or args.token)
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    with input_errors(f"--push_to_hub: no access to {name}, may --hub_token write there?"):
+        repo_id = api.create_repo(name, exist_ok=True).repo_id
+        # Asks for permission to upload a file, but uploads none.
+        api.preupload_lfs_files(repo_id, [huggingface_hub.CommitOperationAdd("a", b"-")])
+
+    def upload(message: str, *ignored: str) -> None:
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            commit_message=message,
+            ignore_patterns=["checkpoints/**", "*.tmp*", *ignored],
+        )
+
+    return upload
+
+
+def prepare_output(args):
+    """Find out what the run resumes from, and whether it can write and upload.
+
+    Returns the checkpoints to resume from, and the function that uploads, None without
+    --push_to_hub. Raises InputError.
+    """
+    check_output_dir(args)
+    upload = connect_hub(args) if args.push_to_hub else None
+    return find_checkpoints(args), upload
+
+
+def publish(args, config, upload) -> None:
+    """Write a model card if there is none, and upload the output directory. Raises InputError."""
+    card = Path(args.output_dir) / "README.md"
+    if not card.exists():
+        tags = ["flax", config.model_type]
+        huggingface_hub.metadata_save(card, {"library_name": "transformers", "tags": tags})
+    with input_errors("--push_to_hub: the last upload failed, output_dir has it all"):
+        upload("End of training")
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C. They end the process, but during training they stop the loop."""
+
+    def __init__(self):
+        self.received = 0  # number of the signal
+        self.agreed = 0  # number of the signal
+
+    def handle(self, handler) -> None:
+        """Let `handler` handle the signals."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, handler)
+
+    def exit_now(self, number, frame) -> None:
+        """End the process."""
+        sys.exit(128 + number)
+
+    def note(self, number, frame) -> None:
+        """Note the signal for `check`. A second one kills the process."""
+        self.received = max(self.received, number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self, step: int) -> int:
+        """Return the signal to stop for after `step`, or 0.
+
+        All processes must stop after the same step. They ask each other every tenth step.
+        """
+        self.agreed = self.received
+        if jax.process_count() > 1:
+            self.agreed = 0
+            if step % 10 == 0:
+                self.agreed = int(multihost_utils.process_allgather(self.received).max())
+        return self.agreed
+
+
+def start_distributed() -> None:
+    """Join the cluster that the environment describes. Raises InputError."""
+    options = {}
+    for name in ("num_processes", "process_id"):
+        value = os.environ.get(f"JAX_{name.upper()}")
+        if value:
+            options[name] = int(value)
+    with input_errors("--distributed"):
+        jax.distributed.initialize(**options)
+
+
+@contextmanager
+def process_settings(args):
+    """Set up the cluster, signals, logging, bars and the compilation cache.
+
+    Everything but the cluster is as before when the block ends. Yields the StopSignals.
+    """
     if args.distributed:
-        found = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
-        explain("--distributed", jax.distributed.initialize, **{key: int(x) for key, x in found.items() if x})
-    for number in (signal.SIGTERM, signal.SIGINT):  # until training starts; JAX has taken the first
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level="ERROR", force=True)
-    logger.setLevel("ERROR" if args.distributed and jax.process_index() else "INFO")
-    [logging.getLogger(name).setLevel("CRITICAL") for name in ("absl", "datasets", "asyncio")]  # Orbax leaves tasks:
-    sys.unraisablehook = lambda error: "loop is closed" in str(error.exc_value) or sys.__unraisablehook__(error)
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.utils.disable_progress_bars()  # of uploads in the background
-    sys.stderr.isatty() or datasets.disable_progress_bars()
-    cache = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "jax-compilation-cache")
-    jax.config.jax_compilation_cache_dir or jax.config.update("jax_compilation_cache_dir", str(cache))
+        start_distributed()
+    with ExitStack() as undo:
+        stop = StopSignals()
+        for number in STOP_SIGNALS:
+            undo.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
+        stop.handle(stop.exit_now)
 
-def main(args) -> int:
-    set_up(args)
-    is_writer = not args.distributed or jax.process_index() == 0  # no devices yet: data is read by forked processes
-    output_dir, stopping, caught = Path(args.output_dir), 0, []  # caught: signals, for the loop to stop at
-    checkpoints = find_checkpoints(args) if is_writer else []
-    upload = connect_hub(args) if args.push_to_hub and is_writer else None
-    config, tokenizer, inputs_length = load_config_and_tokenizer(args)
-    options = (args.mlm_probability, args.mean_noise_span_length, config.decoder_start_token_id)
-    collator = FlaxDataCollatorForT5MLM(tokenizer, inputs_length, *options)
-    max_length = collator.max_length
-    train_texts, eval_texts = load_texts(args)
-    train_set = args.do_train and tokenize(train_texts, tokenizer, max_length, args, args.max_train_samples, "train")
-    eval_set = args.do_eval and tokenize(eval_texts, tokenizer, max_length, args, args.max_eval_samples, "evaluation")
-    shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
-    batch_size, num_sequences = jax.device_count() * math.prod(shape), len(train_set.ends) if train_set else 0
-    steps_per_epoch, sizes = num_sequences // batch_size, f"{num_sequences:,} sequences of {max_length} tokens"
-    sizes += f" (inputs of {inputs_length}, targets of {collator.targets_length})"
-    require(steps_per_epoch or not args.do_train, f"too little training data: {sizes}, and a batch takes {batch_size}")
-    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        root = logging.getLogger()
+        undo.callback(setattr, root, "handlers", root.handlers)
+        root.handlers = [handler]
+        is_writer = not args.distributed or jax.process_index() == 0
+        levels = {root: "ERROR", logger: "INFO" if is_writer else "ERROR"}
+        levels[logging.getLogger("datasets")] = "CRITICAL"
+        for some_logger, level in levels.items():
+            undo.callback(some_logger.setLevel, some_logger.level)
+            some_logger.setLevel(level)
+        undo.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
+        transformers.logging.set_verbosity_error()
+        # Log lines go above the bars.
+        undo.enter_context(logging_redirect_tqdm())
 
-    mend_clip()
-    model, params = load_model(args, config)
-    optimizer, schedule = make_optimizer(args, num_steps) if args.do_train else (optax.identity(), None)
-    state = jax.device_get(jax.jit(partial(TrainState.create, apply_fn=None, tx=optimizer))(params=params))
-    run = json.loads(config.to_json_string()) | {"transformers_version": None, "architectures": None}
-    run |= {"batch_size": batch_size, "optimizer": "Adafactor" if args.adafactor else "AdamW"}
-    state, step = restore(checkpoints, state, run) if checkpoints and args.do_train else (state, 0)
-    state, step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, step))  # one by one: for less memory
-    copies = lambda x: np.broadcast_to(x, (jax.local_device_count(), *np.shape(x)))  # noqa: E731
-    state, step = shard(jax.tree.map(copies, state)), (first_step := int(step))
-    saver = Saver(args, model, tokenizer, run, first_step, upload) if args.do_train and is_writer else None
-    log = TrainingLog(output_dir)
-    fixed = {"model": model}
-    p_train_step = jax.pmap(partial(train_step, **fixed, seed=args.seed), "batch", donate_argnums=0)
-    p_eval_step = jax.pmap(lambda *x: jax.lax.psum(loss_sums(*x, **fixed)[1], "batch"), "batch")
-    evaluation = partial(evaluate, p_eval_step, eval_set, collator, args.seed, args.per_device_eval_batch_size)
-    if args.do_train:
-        count, where = sum(x.size for x in jax.tree.leaves(params)), f"{jax.device_count()} {jax.default_backend()}"
-        logger.info(f"Training {count:,} parameters on {sizes}, steps {first_step} to {num_steps}; a step takes "
-                    f"{where} devices x {shape[0]} x {shape[1]} = {batch_size}, an epoch {steps_per_epoch} steps.")
-        zeros = totals = shard(dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), copies(np.float32(0))))
-        for number in (signal.SIGTERM, signal.SIGINT):  # noted, for the loop to save and stop; a second one kills
-            signal.signal(number, lambda number, _: (caught.append(number), signal.signal(number, signal.SIG_DFL)))
-        batches = prefetch(train_batches(train_set, collator, args.seed, range(first_step, num_steps), shape))
-        with saver or ThreadPoolExecutor(1):  # whose end, also by an error, waits for what is being written
-            for step, batch in enumerate(batches, first_step + 1):
-                state, totals, _ = *p_train_step(state, totals, batch), jax.block_until_ready(totals)  # a step ahead
-                log.flush(schedule)
-                stopping = max(caught, default=0)
-                if jax.process_count() > 1:  # what any process was told; they ask each other every tenth step
-                    stopping = int(multihost_utils.process_allgather(stopping).max()) if step % 10 == 0 else 0
-                last = stopping or step == num_steps
-                if step % args.logging_steps == 0 or step % args.save_steps == 0 or last:
-                    log.due, totals = (step, totals), zeros
-                if step % args.save_steps == 0 or last:
-                    log.flush(schedule)
-                    saver and saver.save(state, step, last)
-                if stopping:
-                    break
-                if args.do_eval and step % (args.eval_steps or steps_per_epoch) == 0 and not last:
-                    log.scalars(evaluation(state.params), step)
-            step == first_step and saver and saver.save(state, step, last=True)  # the export may have been killed
-            saver and explain(f"{output_dir}: the last save failed, those before are whole", saver.saving.result)
-        saver and log.results and write_results(output_dir, log.results, "train")
-    if args.do_eval and not (stopping or (caught and not args.distributed)):
-        log.scalars(results := evaluation(state.params), step)
-        is_writer and write_results(output_dir, results, "eval")
-    if upload and not (stopping or caught):
-        card, tags = output_dir / "README.md", ["flax", config.model_type]
-        card.exists() or huggingface_hub.metadata_save(card, {"library_name": "transformers", "tags": tags})
-        explain("--push_to_hub: the last upload failed, output_dir has it all", upload, "End of training")
-    args.distributed and multihost_utils.sync_global_devices("end")  # for JAX ends those that are 5 minutes late
-    return 128 + max([stopping, *caught]) if stopping or caught else 0
+        if not huggingface_hub.utils.are_progress_bars_disabled():
+            # Uploads run in the background.
+            huggingface_hub.utils.disable_progress_bars()
+            undo.callback(huggingface_hub.utils.enable_progress_bars)
+        hide_bars = args.disable_tqdm or not sys.stderr.isatty()
+        if hide_bars and not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            undo.callback(datasets.enable_progress_bars)
 
-def cli(argv: list[str]) -> int:
-    """Runs `main`. What a user can mend is one line: status 2 for the command line, 1 for data or environment."""
-    args = None
+        if not jax.config.jax_compilation_cache_dir:
+            # A second start takes its compiled programs from here.
+            parent = args.cache_dir or huggingface_hub.constants.HF_HOME
+            undo.callback(jax.config.update, "jax_compilation_cache_dir", None)
+            jax.config.update("jax_compilation_cache_dir", f"{parent}/jax-compilation-cache")
+        yield stop
+
+
+@contextmanager
+def exit_with_one_line(status: int, is_distributed: bool = False):
+    """End the process with one line and `status` for an error that the user can fix."""
     try:
-        args = parse_args(argv)
-        return main(args)
-    except (InputError, OSError, jax.errors.JaxRuntimeError) as error:  # the last as when memory is out
-        print(" ".join(f"{Path(__file__).name}: error: {error}"[:2000].split()), file=sys.stderr, flush=True)
-        args and args.distributed and os._exit(1)  # the other processes wait for this one, and it would for them
-        return 1 if args else 2
+        yield
+    except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
+        # JaxRuntimeError: the memory of a device is full, for example.
+        message = " ".join(f"{Path(__file__).name}: error: {error}"[:2000].split())
+        print(message, file=sys.stderr, flush=True)
+        if is_distributed:
+            # A regular exit would wait for the other processes, and they wait for this one.
+            os._exit(status)
+        raise SystemExit(status) from error
+
+
+# ---------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train and evaluate a model as `argv`, or else the command line, says.
+
+    Ends with SystemExit: status 2 for a wrong command line, 1 for wrong data or a failure of the
+    environment, 128 plus the number of the signal for a run that was stopped.
+    """
+    with exit_with_one_line(status=2):
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+    with exit_with_one_line(1, args.distributed), process_settings(args) as stop:
+        # One process writes. Find out before anything else whether it can.
+        is_writer = not args.distributed or jax.process_index() == 0
+        checkpoints, upload = prepare_output(args) if is_writer else ([], None)
+
+        # Load. No device is in use yet, because the processes that tokenize are forks of this one.
+        config, tokenizer, max_length = load_config_and_tokenizer(args)
+        collator = make_collator(args, config, tokenizer, max_length)
+        train_set, eval_set = load_data(args, tokenizer, collator.max_length)
+        batch_size, steps_per_epoch, num_steps = plan_steps(args, train_set)
+
+        # Initialize or restore.
+        model, params = load_model(args, config)
+        schedule = make_schedule(args, num_steps)
+        optimizer = make_optimizer(args, schedule) if args.do_train else optax.identity()
+        state = create_train_state(params, optimizer)
+        settings = settings_to_match(args, config, batch_size)
+        first_step = 0
+        if checkpoints and args.do_train:
+            state, first_step, _ = restore(checkpoints, state, settings)
+        # Leaf by leaf, for less memory.
+        state, first_step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, first_step))
+        state = replicate(state)
+        steps = range(int(first_step), num_steps)
+        step = steps.start
+
+        # Compile the steps when they are first called.
+        loss_fn = make_loss_fn(args, model, collator)
+        p_train_step = jax.pmap(
+            partial(train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed),
+            axis_name="batch",
+            donate_argnums=0,
+        )
+        p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+        log = TrainingLog(args, steps, steps_per_epoch)
+        evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log)
+
+        # Train.
+        if args.do_train:
+            num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+            logger.info(
+                f"Training {num_params:,} parameters on {len(train_set):,} sequences of "
+                f"{collator.max_length} tokens, steps {steps.start} to {num_steps}; a step takes "
+                f"{jax.device_count()} {jax.default_backend()} devices x "
+                f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} = "
+                f"{batch_size}, an epoch {steps_per_epoch} steps."
+            )
+            save_args = (args, model, tokenizer, settings, steps.start, upload)
+            saver = Saver(*save_args) if is_writer else None
+            stop.handle(stop.note)
+            shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
+            batches = train_batches(train_set, collator, args.seed, steps, shape)
+            # The end of this block, even by an error, waits for what is being written.
+            with saver or nullcontext(), log:
+                state, step = train(
+                    args, state, p_train_step, batches, steps, log, saver, stop, evaluate_now
+                )
+                if saver:
+                    saver.wait(f"{args.output_dir}: the last save failed, those before are whole")
+            if saver and log.results:
+                write_results(args.output_dir, log.results, "train")
+
+        # Evaluate. With several processes, a signal that only one has received does not count.
+        is_stopped = stop.agreed or (stop.received and not args.distributed)
+        if args.do_eval and not is_stopped:
+            results = evaluate_now(state.params, step)
+            if is_writer:
+                write_results(args.output_dir, results, "eval")
+
+        # Publish.
+        if upload and not (stop.agreed or stop.received):
+            publish(args, config, upload)
+        if args.distributed:
+            # JAX kills processes that finish five minutes after the first.
+            multihost_utils.sync_global_devices("end")
+        if stop.agreed or stop.received:
+            sys.exit(128 + max(stop.agreed, stop.received))
+
 
 if __name__ == "__main__":
-    sys.exit(cli(sys.argv[1:]))
+    main()

@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 
 # The class that builds the model from a config or loads it.
-MODEL_CLASS = FlaxAutoModelForMaskedLM
+MODEL_CLASS = FlaxAutoModelForSeq2SeqLM
 
 # The families that have this objective.
 MODEL_TYPES = ("bart", "mbart")
@@ -299,20 +299,17 @@ def check_objective_args(args) -> None:
     """Check the flags that only this script has. Raises InputError."""
     check_range(args, "max_seq_length", "at least 1", lambda value: value >= 1)
     check_range(args, "mlm_probability", "above 0 and below 1", lambda value: 0 < value < 1)
-    families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    if args.model_type not in (None, *families):
-        raise InputError(f"--model_type {args.model_type}: not one of {', '.join(families)}")
-    if args.pad_to_max_length and not args.line_by_line:
-        raise InputError("--pad_to_max_length needs --line_by_line")
+    check_range(args, "permute_sentence_ratio", "between 0 and 1", lambda value: 0 <= value <= 1)
+    check_range(args, "poisson_lambda", "above 0", lambda value: 0 < value < math.inf)
+    if args.model_type not in MODEL_TYPES:
+        raise InputError(f"--model_type {args.model_type}: neither bart nor mbart")
     for split in ("train", "validation"):
         ref_file = getattr(args, f"{split}_ref_file")
-        has_lines = args.line_by_line and getattr(args, f"{split}_file")
-        if ref_file and not has_lines:
+        if ref_file is not None:
             raise InputError(
-                f"--{split}_ref_file {ref_file}: it needs --{split}_file and --line_by_line"
+                f"--{split}_ref_file {ref_file}: this script masks no whole words, "
+                "run_mlm_flax.py with --line_by_line does"
             )
-    if args.whole_word_mask and not args.use_fast_tokenizer:
-        raise InputError("--whole_word_mask needs a fast tokenizer")
 
 
 # ---------------------------------------------------------------------------------------
@@ -750,7 +747,7 @@ def loss_sums(params, batch, model, gradient_checkpointing: bool, dropout_rng=No
 
 def make_loss_fn(args, model, collator):
     """`loss_sums` as a function of (params, batch, dropout_rng)."""
-    return partial(loss_sums, model=model, num_slots=collator.num_slots)
+    return partial(loss_sums, model=model, gradient_checkpointing=args.gradient_checkpointing)
 
 
 # ---------------------------------------------------------------------------------------
@@ -778,7 +775,7 @@ def load_texts(args):
     Returns two datasets with a column `text`, where each row is a document. Either is None if there
     is no such text.
     """
-    splits = load_splits(args, text_options={})
+    splits = load_splits(args)
     return hold_out_validation(args, splits)
 
 
@@ -958,9 +955,13 @@ def read_tokens(encoded, column: str) -> np.ndarray:
 
 def make_collator(args, config, tokenizer, max_length: int):
     """Make the collator that the flags ask for."""
-    whole_words = bool(args.whole_word_mask or args.train_ref_file or args.validation_ref_file)
-    return FlaxDataCollatorForLanguageModeling(
-        tokenizer, max_length, args.mlm_probability, whole_words
+    return FlaxDataCollatorForBartDenoisingLM(
+        tokenizer,
+        max_length,
+        config.decoder_start_token_id,
+        args.mlm_probability,
+        args.permute_sentence_ratio,
+        args.poisson_lambda,
     )
 
 

@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 
 # The class that builds the model from a config or loads it.
-MODEL_CLASS = FlaxAutoModelForMaskedLM
+MODEL_CLASS = FlaxAutoModelForCausalLM
 
 # The logits of a batch are computed in this many pieces, one after the other.
 PIECES = 8
@@ -283,22 +283,10 @@ class TrainingArguments:
 
 def check_objective_args(args) -> None:
     """Check the flags that only this script has. Raises InputError."""
-    check_range(args, "max_seq_length", "at least 1", lambda value: value >= 1)
-    check_range(args, "mlm_probability", "above 0 and below 1", lambda value: 0 < value < 1)
-    families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    check_range(args, "block_size", "at least 2", lambda value: value >= 2)
+    families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if args.model_type not in (None, *families):
         raise InputError(f"--model_type {args.model_type}: not one of {', '.join(families)}")
-    if args.pad_to_max_length and not args.line_by_line:
-        raise InputError("--pad_to_max_length needs --line_by_line")
-    for split in ("train", "validation"):
-        ref_file = getattr(args, f"{split}_ref_file")
-        has_lines = args.line_by_line and getattr(args, f"{split}_file")
-        if ref_file and not has_lines:
-            raise InputError(
-                f"--{split}_ref_file {ref_file}: it needs --{split}_file and --line_by_line"
-            )
-    if args.whole_word_mask and not args.use_fast_tokenizer:
-        raise InputError("--whole_word_mask needs a fast tokenizer")
 
 
 # ---------------------------------------------------------------------------------------
@@ -522,7 +510,7 @@ def loss_sums(params, batch, model, gradient_checkpointing: bool, dropout_rng=No
 
 def make_loss_fn(args, model, collator):
     """`loss_sums` as a function of (params, batch, dropout_rng)."""
-    return partial(loss_sums, model=model, num_slots=collator.num_slots)
+    return partial(loss_sums, model=model, gradient_checkpointing=args.gradient_checkpointing)
 
 
 # ---------------------------------------------------------------------------------------
@@ -695,10 +683,7 @@ def read_tokens(encoded, column: str) -> np.ndarray:
 
 def make_collator(args, config, tokenizer, max_length: int):
     """Make the collator that the flags ask for."""
-    whole_words = bool(args.whole_word_mask or args.train_ref_file or args.validation_ref_file)
-    return FlaxDataCollatorForLanguageModeling(
-        tokenizer, max_length, args.mlm_probability, whole_words
-    )
+    return FlaxDataCollatorForCausalLM(max_length)
 
 
 def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
@@ -890,7 +875,9 @@ def load_config(args):
         return transformers.CONFIG_MAPPING[args.model_type]()
     with input_errors(f"{name} has no config"):
         config = AutoConfig.from_pretrained(name, **args.hub_options)
-    if args.model_type not in (None, config.model_type):
+    is_same = args.model_type in (None, config.model_type)
+    # Types may share a class of configs, such as gpt-sw3 and gpt2.
+    if not is_same and type(config) is not transformers.CONFIG_MAPPING[args.model_type]:
         raise InputError(f"--model_type {args.model_type}: {name} is of type {config.model_type}")
     return config
 

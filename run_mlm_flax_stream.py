@@ -286,22 +286,16 @@ class TrainingArguments:
 
 def check_objective_args(args) -> None:
     """Check the flags that only this script has. Raises InputError."""
-    check_range(args, "max_seq_length", "at least 1", lambda value: value >= 1)
+    names = "max_seq_length num_train_steps shuffle_buffer_size"
+    check_range(args, names, "at least 1", lambda value: value >= 1)
     check_range(args, "mlm_probability", "above 0 and below 1", lambda value: 0 < value < 1)
+    least = 1 if args.do_eval else 0
+    check_range(
+        args, "num_eval_samples", "at least 0, and with evaluation 1", lambda value: value >= least
+    )
     families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     if args.model_type not in (None, *families):
         raise InputError(f"--model_type {args.model_type}: not one of {', '.join(families)}")
-    if args.pad_to_max_length and not args.line_by_line:
-        raise InputError("--pad_to_max_length needs --line_by_line")
-    for split in ("train", "validation"):
-        ref_file = getattr(args, f"{split}_ref_file")
-        has_lines = args.line_by_line and getattr(args, f"{split}_file")
-        if ref_file and not has_lines:
-            raise InputError(
-                f"--{split}_ref_file {ref_file}: it needs --{split}_file and --line_by_line"
-            )
-    if args.whole_word_mask and not args.use_fast_tokenizer:
-        raise InputError("--whole_word_mask needs a fast tokenizer")
 
 
 # ---------------------------------------------------------------------------------------
@@ -500,17 +494,22 @@ class HeldOut(NamedTuple):
 
 
 def load_data(args, tokenizer, max_length: int):
-    """Load and tokenize the text: the training set and the evaluation set, None if not needed."""
+    """Open the streams and read the evaluation set.
+
+    Returns the training stream, the evaluation set, [blocks, length] int32, and what it has taken
+    from the training stream.
+    """
     train_texts, eval_texts = load_texts(args)
-    train_set = None
-    eval_set = None
-    if args.do_train:
-        limit = args.max_train_samples
-        train_set = tokenize(train_texts, tokenizer, max_length, args, limit, "training")
-    if args.do_eval:
-        limit = args.max_eval_samples
-        eval_set = tokenize(eval_texts, tokenizer, max_length, args, limit, "evaluation")
-    return train_set, eval_set
+    train_stream = BlockStream(*train_texts, tokenizer, max_length) if train_texts else None
+    if eval_texts:
+        eval_stream = BlockStream(*eval_texts, tokenizer, max_length)
+        limit = args.num_eval_samples if args.do_eval else 0
+        eval_set, _ = eval_stream.take_first(limit, needed=min(limit, 1))
+        held_out = HeldOut([], np.zeros(0, np.int32))
+    else:
+        limit = args.num_eval_samples
+        eval_set, held_out = train_stream.take_first(limit, needed=limit)
+    return train_stream, eval_set[: args.max_eval_samples], held_out
 
 
 def load_texts(args):
@@ -570,23 +569,23 @@ def load_text_file(source: str, file: str, text_options: dict, load_options: dic
         )
 
 
-def select_text(dataset, column_name: str | None, source: str):
-    """Keep the text column alone and name it `text`. Raises InputError."""
-    dtypes = {
-        name: str(getattr(feature, "dtype", feature)) for name, feature in dataset.features.items()
-    }
+def select_text(dataset, column_name: str, source: str):
+    """Keep the text column alone. Returns the dataset, the column's name, and `source`.
+
+    Reads a row, because a stream may not know its columns before. Raises InputError.
+    """
+    with input_errors(f"{source}: no text"):
+        first_table = next(dataset.with_format("arrow").iter(1))
+    dtypes = {field.name: str(field.type) for field in first_table.schema}
     strings = [name for name, dtype in dtypes.items() if dtype in ("string", "large_string")]
     name = column_name
-    if name is None and "text" in dtypes:
-        name = "text"
-    if name is None and len(strings) == 1:
+    if name == "text" and name not in dtypes and len(strings) == 1:
         name = strings[0]
     if name not in dtypes:
-        missing = name or "that must be text"
-        raise InputError(f"{source}: no column {missing}; --text_column_name of {list(dtypes)}?")
+        raise InputError(f"{source}: no column {name}; --text_column_name of {list(dtypes)}?")
     if name not in strings:
         raise InputError(f"{source}: column {name} holds {dtypes[name]}, not text")
-    return dataset.select_columns([name]).rename_columns({name: "text"})
+    return dataset.select_columns([name]), name, source
 
 
 class Chunk(NamedTuple):
@@ -762,10 +761,7 @@ def training_blocks(args, stream, position: dict, batch_size: int, held_out: Hel
 
 def make_collator(args, config, tokenizer, max_length: int):
     """Make the collator that the flags ask for."""
-    whole_words = bool(args.whole_word_mask or args.train_ref_file or args.validation_ref_file)
-    return FlaxDataCollatorForLanguageModeling(
-        tokenizer, max_length, args.mlm_probability, whole_words
-    )
+    return FlaxDataCollatorForLanguageModeling(tokenizer, max_length, args.mlm_probability)
 
 
 def make_batch(blocks, collator, seed, first_row: int, shape: tuple[int, ...]):
@@ -880,7 +876,7 @@ def adapt_to_flax(args, config, length: int) -> None:
     if config.model_type == "big_bird":
         # Sparse attention takes whole blocks of a certain number.
         has_whole_blocks = length % config.block_size == 0 and length > 11 * config.block_size
-        if args.line_by_line or not has_whole_blocks:
+        if not has_whole_blocks:
             config.update({"attention_type": "original_full"})
             logger.info("Using full attention: the sequences are too short for sparse attention.")
     if config.model_type == "roformer":
@@ -1032,25 +1028,12 @@ def make_optimizer(args, schedule):
     return optax.chain(clip, optimizer)
 
 
-def plan_steps(args, train_set) -> tuple[int, int, int]:
-    """Return the global batch size, the steps of an epoch, and the steps in all.
-
-    Without training all but the batch size are 0. Raises InputError if the data does not fill a
-    batch.
-    """
+def plan_steps(args) -> tuple[int, int]:
+    """Return the global batch size and the number of steps."""
     batch_size = (
         jax.device_count() * args.gradient_accumulation_steps * args.per_device_train_batch_size
     )
-    if not args.do_train:
-        return batch_size, 0, 0
-    steps_per_epoch = len(train_set) // batch_size
-    if steps_per_epoch == 0:
-        raise InputError(
-            f"too little training data: {len(train_set)} sequences, and a batch takes {batch_size}"
-        )
-    if args.max_steps > 0:
-        return batch_size, steps_per_epoch, args.max_steps
-    return batch_size, steps_per_epoch, math.ceil(args.num_train_epochs * steps_per_epoch)
+    return batch_size, args.max_steps if args.max_steps > 0 else args.num_train_steps
 
 
 def create_train_state(params, optimizer) -> TrainState:
@@ -1163,7 +1146,9 @@ def add_host_values(totals: dict[str, float], sums) -> None:
         totals[name] = totals.get(name, 0.0) + float(np.asarray(array)[0])
 
 
-def train(args, state, p_train_step, batches, steps: range, log, saver, stop, evaluate_now):
+def train(
+    args, state, p_train_step, batches, steps: range, log, saver, stop, evaluate_now, progress
+):
     """Run the training loop.
 
     Args:
@@ -1176,13 +1161,15 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
         saver: The Saver, or None in a process that does not write.
         stop: The StopSignals.
         evaluate_now: Function of parameters and step.
+        progress: The StreamProgress of `batches`.
 
     Returns:
         The last state, and the number of steps that it has taken.
     """
-    eval_steps = args.eval_steps or log.steps_per_epoch
+    is_last = False
     totals = zeros = zero_totals()
     step = steps.start
+    position = progress.start
     for step, batch in enumerate(prefetch(batches), steps.start + 1):
         previous_totals = totals
         state, totals = p_train_step(state, totals, batch)
@@ -1191,6 +1178,7 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
         log.flush()
         log.training_bar.update()
 
+        position = progress.position_after.pop(step)
         is_last = stop.check(step) or step == steps.stop
         is_save = step % args.save_steps == 0 or is_last
         if step % args.logging_steps == 0 or is_save:
@@ -1199,16 +1187,24 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
         if is_save:
             # Raises InputError if the loss is not finite, so that such a state is never saved.
             log.flush()
+            positions = share_json(position)
             if saver:
-                saver.save(state, step, is_last)
+                saver.save(state, step, is_last, stream=positions)
         if stop.agreed:
             break
-        if args.do_eval and step % eval_steps == 0 and not is_last:
+        if args.do_eval and args.eval_steps and step % args.eval_steps == 0 and not is_last:
             evaluate_now(state.params, step)
 
-    if saver and step == steps.start:
-        # All steps were taken before. That run may have been killed before it exported the model.
-        saver.save(state, step, is_last=True)
+    if progress.error and jax.process_count() > 1:
+        # The other processes end with this one.
+        raise progress.error
+    if not is_last:
+        # The stream has ended by an error, or all steps were taken before. In the second case that
+        # run may have been killed before it exported the model.
+        log.flush()
+        positions = share_json(position)
+        if saver:
+            saver.save(state, step, is_last=True, stream=positions)
     return state, step
 
 

@@ -71,7 +71,7 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 
 # The class that builds the model from a config or loads it.
-MODEL_CLASS = FlaxAutoModelForMaskedLM
+MODEL_CLASS = FlaxAutoModelForSeq2SeqLM
 
 # Model families with sentinels and relative positions.
 FAMILIES = ("longt5", "mt5", "t5")
@@ -292,22 +292,19 @@ class TrainingArguments:
 
 def check_objective_args(args) -> None:
     """Check the flags that only this script has. Raises InputError."""
-    check_range(args, "max_seq_length", "at least 1", lambda value: value >= 1)
+    # The shortest input is a token, a sentinel and the end-of-sequence token.
+    check_range(args, "max_seq_length", "at least 3", lambda value: value >= 3)
     check_range(args, "mlm_probability", "above 0 and below 1", lambda value: 0 < value < 1)
-    families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    if args.model_type not in (None, *families):
-        raise InputError(f"--model_type {args.model_type}: not one of {', '.join(families)}")
-    if args.pad_to_max_length and not args.line_by_line:
-        raise InputError("--pad_to_max_length needs --line_by_line")
+    check_range(args, "mean_noise_span_length", "at least 1", lambda value: 1 <= value < math.inf)
+    if args.model_type not in (None, *FAMILIES):
+        raise InputError(f"--model_type {args.model_type}: not one of {', '.join(FAMILIES)}")
     for split in ("train", "validation"):
         ref_file = getattr(args, f"{split}_ref_file")
-        has_lines = args.line_by_line and getattr(args, f"{split}_file")
-        if ref_file and not has_lines:
+        if ref_file:
             raise InputError(
-                f"--{split}_ref_file {ref_file}: it needs --{split}_file and --line_by_line"
+                f"--{split}_ref_file {ref_file}: not supported, spans consist of tokens, not of "
+                "words; leave it out"
             )
-    if args.whole_word_mask and not args.use_fast_tokenizer:
-        raise InputError("--whole_word_mask needs a fast tokenizer")
 
 
 # ---------------------------------------------------------------------------------------
@@ -580,7 +577,7 @@ def loss_sums(params, batch, model, dropout_rng=None):
 
 def make_loss_fn(args, model, collator):
     """`loss_sums` as a function of (params, batch, dropout_rng)."""
-    return partial(loss_sums, model=model, num_slots=collator.num_slots)
+    return partial(loss_sums, model=model)
 
 
 # ---------------------------------------------------------------------------------------
@@ -749,11 +746,19 @@ def read_tokens(encoded, column: str) -> np.ndarray:
 
 
 def make_collator(args, config, tokenizer, max_length: int):
-    """Make the collator that the flags ask for."""
-    whole_words = bool(args.whole_word_mask or args.train_ref_file or args.validation_ref_file)
-    return FlaxDataCollatorForLanguageModeling(
-        tokenizer, max_length, args.mlm_probability, whole_words
+    """Make the collator that the flags ask for. `max_length` is the length of an input."""
+    collator = FlaxDataCollatorForT5MLM(
+        tokenizer,
+        max_length,
+        args.mlm_probability,
+        args.mean_noise_span_length,
+        config.decoder_start_token_id,
     )
+    logger.info(
+        f"Each input of {max_length} tokens is made of {collator.max_length} tokens of text; its "
+        f"target has {collator.targets_length} tokens."
+    )
+    return collator
 
 
 def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):

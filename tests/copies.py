@@ -1,10 +1,11 @@
-"""Keeps what the scripts have in common word for word the same. run_mlm_flax.py is the template of the others.
+"""Keep the code that the scripts share the same, with run_mlm_flax.py as the template.
 
-    python tests/copies.py         says what differs
-    python tests/copies.py --fix   writes the template's version into the others (make fix-copies)
+    python tests/copies.py         prints what differs
+    python tests/copies.py --fix   copies the template's version into the others (make fix-copies)
 
-Functions, classes and constants of the same name must have the same source, comments included, and stand in the same
-order. Those that differ by objective are named here; of some, only so many lines, removed and added, may differ.
+Functions, classes and constants of the same name must have the same source, comments included, and
+the same order. The tables below name those that differ by objective, and how many lines may differ:
+removed and added lines both count.
 """
 
 import ast
@@ -15,113 +16,138 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "run_mlm_flax.py"
 ANY = 10**6
-DIFFER_BY_OBJECTIVE = {  # name: lines that may differ from the template's
-    "ModelArguments": 2,
+# Name of a definition, and the number of lines that may differ from the template.
+DIFFER_BY_OBJECTIVE = {
+    "MODEL_CLASS": 2,
+    "ModelArguments": 4,
     "DataTrainingArguments": ANY,
-    "check_args": 20,
+    "check_objective_args": ANY,
     "loss_sums": ANY,
-    "load_texts": 10,
-    "text_column": 16,
+    "make_loss_fn": 2,
+    "load_texts": ANY,
     "encode": ANY,
     "Sequences": 12,
-    "tokenize": 30,
-    "make_batch": 20,
-    "load_config_and_tokenizer": 30,
-    "load_model": 10,
-    "main": 16,
+    "tokenize": 40,
+    "make_collator": 16,
+    "make_batch": 26,
+    "load_config": 4,
+    "adapt_to_flax": 2,
+    "load_model": 3,
+    "load_config_and_tokenizer": 31,
 }
-MORE_BY_SCRIPT = {  # a stream has no known length, no lines, and a position that is saved
+# A stream has no known length and no access by line, and its position is saved in checkpoints.
+MORE_BY_SCRIPT = {
     "run_mlm_flax_stream.py": {
-        "TrainingArguments": 6,
-        "parse_args": 3,
-        "FlaxDataCollatorForLanguageModeling": 20,
-        "load_texts": 24,
-        "text_column": 22,
+        "TrainingArguments": 8,
+        "FlaxDataCollatorForLanguageModeling": 27,
+        "load_data": ANY,
+        "select_text": 30,
+        "make_batch": 31,
         "train_batches": ANY,
-        "eval_batches": 16,
-        "main": 56,
-    }
+        "eval_batches": 19,
+        "plan_steps": ANY,
+        "train": 40,
+        "parse_args": 5,
+        "main": 70,
+    },
+    "run_t5_mlm_flax.py": {"output_head": 17, "sum_in_pieces": 3},
+    # It measures inference and trains nothing.
+    "run_bert_flax.py": {"main": ANY},
 }
 
 
-def definitions(source: str) -> dict[str, range]:
-    """Name of each function, class and constant of a module to its lines, counted from 0, decorators included."""
+def find_definitions(source: str) -> dict[str, slice]:
+    """Find the lines, counted from 0, of each function, class and constant of a module.
+
+    Decorators are part of a definition.
+    """
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            name = node.name
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            found[node.name] = range(first - 1, node.end_lineno)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = range(node.lineno - 1, node.end_lineno)
+            name = node.targets[0].id
+            first = node.lineno
+        else:
+            continue
+        found[name] = slice(first - 1, node.end_lineno)
     return found
 
 
-def texts(source: str) -> dict[str, list[str]]:
+def read_definitions(path: Path) -> dict[str, list[str]]:
+    """Read the lines of each definition of a script."""
+    source = path.read_text("utf-8")
     lines = source.splitlines(keepends=True)
-    return {name: [lines[i] for i in where] for name, where in definitions(source).items()}
+    return {name: lines[where] for name, where in find_definitions(source).items()}
 
 
-def changed_lines(a: list[str], b: list[str]) -> list[str]:
-    return [
-        line
-        for line in difflib.unified_diff(a, b, n=0)
-        if not line.startswith(("---", "+++", "@@"))
-    ]
+def changed_lines(old: list[str], new: list[str]) -> list[str]:
+    """Removed and added lines, as in a unified diff."""
+    diff = difflib.unified_diff(old, new, n=0)
+    return [line for line in diff if not line.startswith(("---", "+++", "@@"))]
 
 
-def scripts(root: Path = ROOT) -> list[Path]:
-    """The template first."""
+def find_scripts(root: Path = ROOT) -> list[Path]:
+    """Find all training scripts, with the template first."""
     found = sorted(root.glob("run_*_flax*.py"), key=lambda path: (path.name != TEMPLATE, path.name))
     if not found or found[0].name != TEMPLATE:
         raise FileNotFoundError(f"{root / TEMPLATE} is not there")
     return found
 
 
-def allowed(script: Path):
-    """Of a script, the function from a name to the lines that may differ, as `dict.get`."""
-    return {**DIFFER_BY_OBJECTIVE, **MORE_BY_SCRIPT.get(script.name, {})}.get
+def allowed_changes(script: Path) -> dict[str, int]:
+    """Name of each definition that may differ in a script, and the number of lines that may."""
+    return DIFFER_BY_OBJECTIVE | MORE_BY_SCRIPT.get(script.name, {})
 
 
-def differences(root: Path = ROOT) -> list[tuple[Path, str, str]]:
-    """Script, name and diff of each definition that is not as the first script that has it says."""
-    first, found = {}, []
-    for path in scripts(root):
-        for name, lines in texts(path.read_text("utf-8")).items():
-            origin, expected = first.setdefault(name, (path, lines))
+def find_differences(root: Path = ROOT) -> list[tuple[Path, str, str]]:
+    """Compare each definition with that of the first script that has it.
+
+    Returns the script, the name and a message with a diff for each one with too many changed lines.
+    """
+    originals = {}
+    found = []
+    for path in find_scripts(root):
+        allowed = allowed_changes(path)
+        for name, lines in read_definitions(path).items():
+            origin, expected = originals.setdefault(name, (path, lines))
             changed = changed_lines(expected, lines)
-            if len(changed) > allowed(path)(name, 0):
-                heading = f"{path.name}: {name}: {len(changed)} lines are not as in {origin.name}"
+            if len(changed) > allowed.get(name, 0):
+                heading = f"{path.name}: {name}: {len(changed)} lines differ from {origin.name}"
                 found.append((path, name, f"{heading}\n{''.join(changed)}"))
     return found
 
 
 def fix(root: Path = ROOT) -> list[tuple[Path, str]]:
-    """Writes the template's definitions over those of the same name, where they must be equal; what was changed."""
-    wanted, changed = texts((root / TEMPLATE).read_text("utf-8")), []
-    for path in scripts(root)[1:]:
+    """Replace each definition that must equal the template's, and return what was replaced."""
+    wanted = read_definitions(root / TEMPLATE)
+    replaced = []
+    for path in find_scripts(root)[1:]:
         source = path.read_text("utf-8")
         lines = source.splitlines(keepends=True)
-        for name, where in sorted(definitions(source).items(), key=lambda item: -item[1].start):
-            if (
-                name in wanted
-                and not allowed(path)(name)
-                and lines[where.start : where.stop] != wanted[name]
-            ):
-                lines[where.start : where.stop] = wanted[name]
-                changed.append((path, name))
+        may_differ = allowed_changes(path)
+        definitions = find_definitions(source)
+        # From the last to the first: a replacement may move the lines below it.
+        for name in sorted(definitions, key=lambda name: definitions[name].start, reverse=True):
+            where = definitions[name]
+            if name not in wanted or name in may_differ or lines[where] == wanted[name]:
+                continue
+            lines[where] = wanted[name]
+            replaced.append((path, name))
         if "".join(lines) != source:
             path.write_text("".join(lines), "utf-8")
-    return changed
+    return replaced
 
 
 def main() -> int:
     if "--fix" in sys.argv[1:]:
         for path, name in fix():
-            print(f"{path.name}: {name} is now as in {TEMPLATE}")
-    left = differences()
-    for _, _, message in left:
+            print(f"{path.name}: {name} is now the same as in {TEMPLATE}")
+    differences = find_differences()
+    for _, _, message in differences:
         print(message)
-    return 1 if left else 0
+    return 1 if differences else 0
 
 
 if __name__ == "__main__":

@@ -137,10 +137,10 @@ class ModelArguments:
         help="Model family to train from scratch with its default config, such as roberta.",
     )
     config_name: str | None = HfArg(
-        default=None, help="Hub id or folder of a config, if it is not that of the model."
+        default=None, help="Hub id or folder of a config. Default: that of --model_name_or_path."
     )
     tokenizer_name: str | None = HfArg(
-        default=None, help="Hub id or folder of a tokenizer, if it is not that of the model."
+        default=None, help="Hub id or folder of a tokenizer. Default: that of --model_name_or_path."
     )
     cache_dir: str | None = HfArg(
         default=None, help="Folder for downloads, tokenized data and compiled programs."
@@ -150,7 +150,7 @@ class ModelArguments:
     )
     use_fast_tokenizer: bool = HfArg(
         default=True,
-        help="Use a tokenizer of the tokenizers library; --no_use_fast_tokenizer: one in Python.",
+        help="Use the fast (Rust) tokenizer. --no_use_fast_tokenizer uses the one in Python.",
     )
     dtype: Literal["float32", "float16", "bfloat16"] = HfArg(
         default="float32", help="Compute dtype. Weights stay in float32."
@@ -214,7 +214,8 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = HfArg(
         default=None,
         metadata={"nargs": "?", "const": ""},
-        help="Checkpoint or output directory to resume from. Without a value: --output_dir.",
+        help="Checkpoint or output directory to resume from. Without a value: --output_dir. A run "
+        "resumes from its own checkpoints without this flag.",
     )
     do_train: bool = HfArg(
         default=False, help="Train. Without --do_eval, skip evaluation. With neither flag, do both."
@@ -229,7 +230,7 @@ class TrainingArguments:
         default=8, help="Sequences on each device in a forward pass of evaluation."
     )
     gradient_accumulation_steps: int = HfArg(
-        default=1, help="Forward and backward passes for each optimizer step."
+        default=1, help="Number of batches whose gradients are summed for each optimizer step."
     )
     gradient_checkpointing: bool = HfArg(
         default=False,
@@ -257,8 +258,10 @@ class TrainingArguments:
     max_grad_norm: float = HfArg(
         default=0.0, help="Clip gradients to this global norm. 0 turns clipping off."
     )
-    logging_steps: int = HfArg(default=500, help="Steps between two log lines.")
-    save_steps: int = HfArg(default=500, help="Steps between two checkpoints.")
+    logging_steps: int = HfArg(
+        default=500, help="Write a log line every this many optimizer steps."
+    )
+    save_steps: int = HfArg(default=500, help="Save a checkpoint every this many optimizer steps.")
     save_total_limit: int = HfArg(default=2, help="Number of checkpoints to keep.")
     eval_steps: int | None = HfArg(
         default=None, help="Steps between two evaluations. Default: only at the end."
@@ -271,7 +274,7 @@ class TrainingArguments:
     )
     disable_tqdm: bool = HfArg(
         default=False,
-        help="Show no progress bars. There are none where the output is not a terminal.",
+        help="Hide progress bars. They are always hidden if stderr is not a terminal.",
     )
     push_to_hub: bool = HfArg(default=False, help="Upload --output_dir to the Hub at each save.")
     hub_model_id: str | None = HfArg(
@@ -388,11 +391,11 @@ class FlaxDataCollatorForLanguageModeling:
 def keep_only(positions: jax.Array, last_layer: str):
     """Make an interceptor that keeps the hidden states of `positions` only, [1, positions, width].
 
-    After the last attention each position is computed by itself, so the rest of the last layer and
-    the head are not needed where nothing is predicted. This makes the whole step 1.5 to 2 times as
-    fast (benchmarks/mlm_step.py). The cut is made in `flax.linen.intercept_methods`, before the
-    output projection of the last attention, or, in a model whose modules have other names, after
-    its base model.
+    After the last attention, positions no longer interact. So the rest of the last layer and the
+    head are not needed where nothing is predicted. This makes the whole step 1.5 to 2 times as fast
+    (benchmarks/mlm_step.py). The cut is made before the output projection of the last attention,
+    or, in a model whose modules have other names, such as ALBERT, after its base model. For
+    `flax.linen.intercept_methods`.
     """
     is_cut = False
 
@@ -403,8 +406,10 @@ def keep_only(positions: jax.Array, last_layer: str):
     def interceptor(next_function, args, kwargs, context):
         nonlocal is_cut
         path = context.module.path
+        # For example ("bert", "encoder", "layer", "11", "attention", "output").
         if path[2:] == ("layer", last_layer, "attention", "output"):
             is_cut = True
+            # Its arguments are the attention's result and the residual.
             return next_function(*map(select, args), **kwargs)
         outputs = next_function(*args, **kwargs)
         is_base_model = len(path) == 1 and isinstance(outputs, tuple)
@@ -422,7 +427,8 @@ def loss_sums(params, batch, model, num_slots, dropout_rng=None):
         params: Parameters of the model.
         batch: `input_ids`, `attention_mask` and `labels`, [batch, length] int32.
         model: The Flax model.
-        num_slots: Function from batch * length to the number of slots for predicted tokens.
+        num_slots: Function from batch * length to the number of predicted tokens that fit. Labels
+            beyond them are ignored, so a collator must not set more.
         dropout_rng: Key of dropout. Without a key the model evaluates.
 
     Returns:
@@ -499,6 +505,9 @@ def load_data(args, tokenizer, max_length: int):
     Returns the training stream, the evaluation set, [blocks, length] int32, and what it has taken
     from the training stream.
     """
+    if args.preprocessing_num_workers:
+        # The threads of the tokenizers library.
+        os.environ["RAYON_NUM_THREADS"] = str(args.preprocessing_num_workers)
     train_texts, eval_texts = load_texts(args)
     train_stream = BlockStream(*train_texts, tokenizer, max_length) if train_texts else None
     if eval_texts:
@@ -524,11 +533,12 @@ def load_texts(args):
 def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
     """Load the splits of --dataset_name, --train_file and --validation_file.
 
-    The splits train and validation are results of `select_text`. `text_options` are for .txt files,
-    `load_options` for all calls of `datasets.load_dataset`. Raises InputError.
+    The splits train and validation are results of `select_text`. `text_options`, for .txt files,
+    and `load_options`, for all data, go to `datasets.load_dataset`. The causal and the streaming
+    script have some. Raises InputError.
     """
     load_options |= {"cache_dir": args.cache_dir, "token": args.token}
-    if datasets.__version__ < "4":
+    if int(datasets.__version__.split(".")[0]) < 4:
         # Version 4 no longer takes this argument.
         load_options["trust_remote_code"] = args.trust_remote_code
     splits = {}
@@ -550,8 +560,8 @@ def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
             splits[split] = select_text(splits[split], args.text_column_name, sources[split])
     has_data = splits.get("train") or (splits.get("validation") and not args.do_train)
     if not has_data:
-        source = next(iter(sources.values()))
-        raise InputError(f"{source}: it has no training data, only {list(splits)}")
+        source = ", ".join(dict.fromkeys(sources.values()))
+        raise InputError(f"{source}: no training data, only {list(splits)}")
     return splits
 
 
@@ -772,7 +782,7 @@ def make_batch(blocks, collator, seed, first_row: int, shape: tuple[int, ...]):
         collator: Adds the noise and the labels.
         seed: Seed of the noise.
         first_row: Number of rows that precede these among the draws of `seed`.
-        shape: ([accumulation steps,] sequences of a forward pass on one device).
+        shape: Batch shape on a device, (batch,) or (accumulation steps, batch).
 
     Returns:
         Arrays [local devices, *shape, length] int32.
@@ -833,7 +843,7 @@ def eval_batches(blocks, collator, seed: int, per_device_batch_size: int):
 def prefetch(batches, size: int = 2, transform=None):
     """Generate `batches`, made in a background thread up to `size` ahead of their use.
 
-    `transform` is applied to each. By default it moves them to the devices.
+    Each is moved to the devices, or, in the streaming script, put through `transform`.
     """
     batches = map(transform or shard, batches)
     with ThreadPoolExecutor(1) as pool:
@@ -872,15 +882,15 @@ def load_config_and_tokenizer(args):
 
 
 def adapt_to_flax(args, config, length: int) -> None:
-    """Change what the Flax classes of two families cannot do."""
+    """Adjust the config to limits of the Flax classes of BigBird and RoFormer."""
     if config.model_type == "big_bird":
-        # Sparse attention takes whole blocks of a certain number.
-        has_whole_blocks = length % config.block_size == 0 and length > 11 * config.block_size
-        if not has_whole_blocks:
+        # Sparse attention needs a multiple of block_size that is longer than 11 blocks.
+        fits_blocks = length % config.block_size == 0 and length > 11 * config.block_size
+        if not fits_blocks:
             config.update({"attention_type": "original_full"})
-            logger.info("Using full attention: the sequences are too short for sparse attention.")
+            logger.info("Using full attention: sparse attention needs longer sequences.")
     if config.model_type == "roformer":
-        # Flax has no embeddings of another width.
+        # FlaxRoFormer ignores embedding_size.
         config.update({"embedding_size": config.hidden_size})
 
 
@@ -889,7 +899,7 @@ def load_config(args):
     name = args.config_name or args.model_name_or_path
     if name is None:
         return transformers.CONFIG_MAPPING[args.model_type]()
-    with input_errors(f"{name} has no config"):
+    with input_errors(f"{name}: cannot load its config"):
         config = AutoConfig.from_pretrained(name, **args.hub_options)
     if args.model_type not in (None, config.model_type):
         raise InputError(f"--model_type {args.model_type}: {name} is of type {config.model_type}")
@@ -899,7 +909,7 @@ def load_config(args):
 def load_tokenizer(args):
     """Load the tokenizer that --tokenizer_name or --model_name_or_path names."""
     name = args.tokenizer_name or args.model_name_or_path
-    with input_errors(f"{name} has no tokenizer"):
+    with input_errors(f"{name}: cannot load its tokenizer"):
         return AutoTokenizer.from_pretrained(
             name, use_fast=args.use_fast_tokenizer, **args.hub_options
         )
@@ -908,7 +918,7 @@ def load_tokenizer(args):
 def enlarge_vocabulary(args, config, tokenizer) -> None:
     """Make the embedding table as large as the tokenizer. Raises InputError if it is pretrained.
 
-    JAX clamps token ids beyond the table without a warning.
+    JAX reports no token id beyond the table.
     """
     if len(tokenizer) <= config.vocab_size:
         return
@@ -917,7 +927,7 @@ def enlarge_vocabulary(args, config, tokenizer) -> None:
         f"the model's table {config.vocab_size}"
     )
     if args.model_name_or_path:
-        raise InputError(f"{message}: they do not belong together")
+        raise InputError(f"{message}: use the tokenizer that the model was trained with")
     logger.warning(f"{message}: the table is enlarged.")
     config.vocab_size = len(tokenizer)
 
@@ -929,7 +939,7 @@ def load_model(args, config):
     that are not pretrained are initialized by one compiled program. Raises InputError.
     """
     dtype = getattr(jnp, args.dtype)
-    with input_errors("the config makes no model"):
+    with input_errors("cannot build a model from the config"):
         model = MODEL_CLASS.from_config(config, dtype=dtype, _do_init=False)
     if args.gradient_checkpointing:
         with input_errors(f"--gradient_checkpointing: {type(model).__name__} has none"):
@@ -965,7 +975,7 @@ def load_pretrained_params(args, config, model) -> dict:
                 lambda leaf: np.broadcast_to(np.float32("nan"), leaf.shape), model.params_shape_tree
             )
 
-    problem = f"{name} has no model of type {config.model_type} that fits its config"
+    problem = f"{name}: cannot load a model of type {config.model_type} that fits its config"
     with input_errors(problem):
         pretrained = UninitializedModel.from_pretrained(
             name, config=config, dtype=getattr(jnp, args.dtype), **args.hub_options
@@ -975,7 +985,7 @@ def load_pretrained_params(args, config, model) -> dict:
     params = {path: np.asarray(array) for path, array in loaded.items()}
     params = {path: array for path, array in params.items() if not np.isnan(array).all()}
     if not params:
-        raise InputError(f"{problem}: none of its weights")
+        raise InputError(f"{problem}: no weight matches")
     return params
 
 
@@ -993,6 +1003,7 @@ def make_schedule(args, num_steps: int):
     else:
 
         def decay(step):
+            # Without a warm-up the time scale is 10,000 steps.
             return peak / jnp.sqrt(1 + step / (warmup or 10_000))
 
     if not warmup:
@@ -1050,8 +1061,8 @@ def create_train_state(params, optimizer) -> TrainState:
 def embed_in_float32(next_function, args, kwargs, context):
     """Interceptor for `flax.linen.Embed`: round embeddings to the compute dtype after the lookup.
 
-    Flax rounds the table before it, so that the gradients of equal tokens are summed in bfloat16.
-    That is wrong by up to half of the gradient's norm (tests/test_embeddings.py).
+    Flax rounds the table first, so that the gradients of equal tokens are summed in bfloat16. That
+    is wrong by up to half of the gradient's norm (tests/test_embeddings.py).
     """
     module = context.module
     if type(module) is not nn.Embed or context.method_name != "__call__":
@@ -1065,7 +1076,8 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
     Args:
         state: The TrainState.
         totals: Sums since the last log line, float32 scalars: `loss`, `predicted` and `tokens`.
-            Beside them `grad_norm`, also summed, and `learning_rate` of the last step.
+            Beside them `grad_norm`, also summed, by which a gradient that is not finite is
+            noticed, and `learning_rate` of the last step.
         batch: Arrays [accumulation steps, batch, length] int32.
         loss_fn: `loss_sums` as a function of (params, batch, dropout_rng).
         schedule: Function from the step to the learning rate.
@@ -1078,14 +1090,15 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
     rng = jax.random.fold_in(jax.random.key(seed, impl=DROPOUT_PRNG), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
 
-    def micro_step(sums, inputs):
+    def micro_step(grads_and_sums, inputs):
         micro_batch, index = inputs
         dropout_rng = jax.random.fold_in(rng, index)
         with nn.intercept_methods(embed_in_float32):
             grad_fn = jax.grad(loss_fn, has_aux=True)
-            grads_and_sums = grad_fn(state.params, micro_batch, dropout_rng=dropout_rng)
-        return jax.tree.map(jnp.add, sums, grads_and_sums), None
+            new_grads_and_sums = grad_fn(state.params, micro_batch, dropout_rng=dropout_rng)
+        return jax.tree.map(jnp.add, grads_and_sums, new_grads_and_sums), None
 
+    # The gradients and the sums that `loss_fn` returns in training.
     zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": 0.0, "predicted": 0.0}))
     num_micro_steps = len(batch["labels"])
     (grads, sums), _ = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(num_micro_steps)))
@@ -1179,7 +1192,9 @@ def train(
         log.training_bar.update()
 
         position = progress.position_after.pop(step)
-        is_last = stop.check(step) or step == steps.stop
+        # All processes must call `check`.
+        is_stopping = stop.check(step) != 0
+        is_last = is_stopping or step == steps.stop
         is_save = step % args.save_steps == 0 or is_last
         if step % args.logging_steps == 0 or is_save:
             log.due = (step, totals)
@@ -1190,7 +1205,7 @@ def train(
             positions = share_json(position)
             if saver:
                 saver.save(state, step, is_last, stream=positions)
-        if stop.agreed:
+        if is_stopping:
             break
         if args.do_eval and args.eval_steps and step % args.eval_steps == 0 and not is_last:
             evaluate_now(state.params, step)
@@ -1219,7 +1234,7 @@ def parse_args(argv: list[str]):
     Raises InputError.
     """
     if len(argv) == 1 and argv[0].endswith(".json"):
-        with input_errors(f"{argv[0]}: no JSON object"):
+        with input_errors(f"{argv[0]}: cannot read a JSON object"):
             settings = json.loads(Path(argv[0]).read_text("utf-8")).items()
         argv = [f"--{name}={value}" for name, value in settings if value is not None]
     parser = HfArgumentParser(
@@ -1337,9 +1352,8 @@ class TrainingLog:
     """
 
     def __init__(self, args, steps: range, steps_per_epoch: int | None):
-        is_writer = jax.process_index() == 0
-        self.writer = Writer(str(args.output_dir)) if is_writer else None
-        self.show_bars = is_writer and not args.disable_tqdm and sys.stderr.isatty()
+        self.writer = Writer(str(args.output_dir)) if is_writer(args) else None
+        self.show_bars = is_writer(args) and not args.disable_tqdm and sys.stderr.isatty()
         self.steps = steps
         self.steps_per_epoch = steps_per_epoch
         self.training_bar = None
@@ -1370,7 +1384,9 @@ class TrainingLog:
         self.due = None
         sums = {name: float(np.asarray(array)[0]) for name, array in totals.items()}
         if not all(math.isfinite(value) for value in sums.values()):
-            raise InputError(f"step {step}: loss not finite; lower --learning_rate?")
+            raise InputError(
+                f"step {step}: the loss is not finite; lower --learning_rate or set --max_grad_norm"
+            )
         now = time.perf_counter()
         self.results = {
             "train_loss": sums["loss"] / max(sums["predicted"], 1),
@@ -1470,7 +1486,7 @@ def write_checkpoint(checkpoints: Path, state, step: int, settings: dict) -> Non
     }
     run["run_sha256"] = settings_sha256(run)
     (temporary / RUN_FILE).write_text(json.dumps(run, indent=2))
-    # A crash of the machine must not leave a folder whose name is there and whose content is not.
+    # Sync before the rename, so that no crash leaves an incomplete checkpoint under its final name.
     for path in (temporary / STATE_FILE, temporary / RUN_FILE, temporary):
         sync_to_disk(path)
     temporary.rename(checkpoints / str(step))
@@ -1511,8 +1527,8 @@ def read_run(checkpoint: Path) -> dict:
     return run
 
 
-def read_state(checkpoint: Path, like):
-    """The state of a checkpoint, in the tree of `like`. Raises InputError if its arrays differ."""
+def read_state(checkpoint: Path, template):
+    """The state of a checkpoint, in the tree of `template`. Raises InputError if shapes differ."""
     arrays = load_file(checkpoint / STATE_FILE)
 
     def leaf(path, expected):
@@ -1521,11 +1537,11 @@ def read_state(checkpoint: Path, like):
             raise InputError(f"{checkpoint}: it has no {leaf_name(path)} of this model's shape")
         return array
 
-    return jax.tree_util.tree_map_with_path(leaf, like)
+    return jax.tree_util.tree_map_with_path(leaf, template)
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint, which loses its name at once, and its files one by one after that."""
+    """Delete a checkpoint. Renamed first, it is never seen as an incomplete one."""
     temporary = checkpoint.with_name(f"{checkpoint.name}.tmp")
     shutil.rmtree(checkpoint.rename(temporary))
 
@@ -1555,7 +1571,8 @@ def check_output_dir(args) -> None:
     )
     if not is_ours and not is_empty:
         raise InputError(
-            f"--output_dir {output_dir}: it has files but no checkpoints; --overwrite_output_dir?"
+            f"--output_dir {output_dir}: it has files but no checkpoints; choose another folder, "
+            "or give --overwrite_output_dir"
         )
 
 
@@ -1603,8 +1620,9 @@ def stream_settings(args, max_length: int, held_out) -> dict:
 def restore(checkpoints: list[Path], state, settings: dict):
     """Read the first readable checkpoint.
 
-    Returns the state, on the host, its step, and the settings stored with it. Raises InputError if
-    the checkpoint is of another model, optimizer or batch size, or if none can be read.
+    Returns the state, on the host, its step, and the settings stored with it, among which the
+    streaming script has its position. Raises InputError if the checkpoint is of another model,
+    optimizer or batch size, or if none can be read.
     """
     for checkpoint in checkpoints:
         try:
@@ -1621,7 +1639,7 @@ def restore(checkpoints: list[Path], state, settings: dict):
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             logger.warning(f"{checkpoint} cannot be read and is skipped: {reason}")
     raise InputError(
-        f"{checkpoints[0].parent}: no checkpoint can be read; --overwrite_output_dir starts over"
+        f"{checkpoints[0].parent}: no readable checkpoint; choose another --output_dir"
     )
 
 
@@ -1666,6 +1684,7 @@ class Saver:
             shutil.rmtree(leftover)
         for checkpoint in list_checkpoints(self.output_dir):
             if int(checkpoint.name) > first_step:
+                logger.warning(f"{checkpoint} is deleted: this run resumes from step {first_step}.")
                 delete_checkpoint(checkpoint)
 
     def __enter__(self):
@@ -1675,12 +1694,12 @@ class Saver:
         self.pool.shutdown()
 
     def save(self, state, step: int, is_last: bool, **position) -> None:
-        """Save `state` and, with its settings, `position`.
+        """Save `state`, with the settings, and, in the streaming script, the `position`.
 
         Returns when the state is copied from the device and the previous save is written.
         """
         state = fetch(state)
-        self.wait(f"{self.output_dir}: a save failed, those before are whole")
+        self.wait(f"{self.output_dir}: saving failed, earlier checkpoints are intact")
         settings = self.settings | position
         self.saving = self.pool.submit(self.write, state, step, is_last, settings)
 
@@ -1719,13 +1738,15 @@ class Saver:
         self.temporary.rmdir()
 
     def try_upload(self, step: int) -> None:
-        """Upload the output directory. A failure is a warning: the next upload repairs it."""
+        """Upload the output directory. A failure is a warning: the next upload includes it."""
         try:
             # The files of TensorBoard still grow.
             self.upload(f"Step {step}", "events.*")
         except Exception as error:
             reason = " ".join(str(error).split())
-            logger.warning(f"The upload of step {step} failed, the next repairs it: {reason}")
+            logger.warning(
+                f"The upload of step {step} failed, the next upload includes it: {reason}"
+            )
 
 
 def connect_hub(args):
@@ -1736,7 +1757,7 @@ def connect_hub(args):
     """
     api = huggingface_hub.HfApi(token=args.hub_token or args.token)
     name = args.hub_model_id or Path(args.output_dir).absolute().name
-    with input_errors(f"--push_to_hub: no access to {name}, may --hub_token write there?"):
+    with input_errors(f"--push_to_hub: cannot write to {name}, check --hub_token"):
         repo_id = api.create_repo(name, exist_ok=True).repo_id
         # Asks for permission to upload a file, but uploads none.
         api.preupload_lfs_files(repo_id, [huggingface_hub.CommitOperationAdd("a", b"-")])
@@ -1769,12 +1790,14 @@ def publish(args, config, upload) -> None:
     if not card.exists():
         tags = ["flax", config.model_type]
         huggingface_hub.metadata_save(card, {"library_name": "transformers", "tags": tags})
-    with input_errors("--push_to_hub: the last upload failed, output_dir has it all"):
+    with input_errors(
+        f"--push_to_hub: the final upload failed, all files are in {args.output_dir}"
+    ):
         upload("End of training")
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C. They end the process, but during training they stop the loop."""
+    """SIGTERM and Ctrl-C. They end the process, and from the start of training on they stop it."""
 
     def __init__(self):
         self.received = 0  # number of the signal
@@ -1789,8 +1812,8 @@ class StopSignals:
         """End the process."""
         sys.exit(128 + number)
 
-    def note(self, number, frame) -> None:
-        """Note the signal for `check`. A second one kills the process."""
+    def record(self, number, frame) -> None:
+        """Record the signal for `check`. A second one kills the process."""
         self.received = max(self.received, number)
         signal.signal(number, signal.SIG_DFL)
 
@@ -1810,19 +1833,27 @@ class StopSignals:
 def start_distributed() -> None:
     """Join the cluster that the environment describes. Raises InputError."""
     options = {}
-    for name in ("num_processes", "process_id"):
-        value = os.environ.get(f"JAX_{name.upper()}")
-        if value:
-            options[name] = int(value)
     with input_errors("--distributed"):
+        for name in ("num_processes", "process_id"):
+            value = os.environ.get(f"JAX_{name.upper()}")
+            if value:
+                options[name] = int(value)
         jax.distributed.initialize(**options)
+
+
+def is_writer(args) -> bool:
+    """Whether this process writes the files: the first does.
+
+    Without --distributed this does not ask JAX, because the answer would start the devices.
+    """
+    return not args.distributed or jax.process_index() == 0
 
 
 @contextmanager
 def process_settings(args):
     """Set up the cluster, signals, logging, bars and the compilation cache.
 
-    Everything but the cluster is as before when the block ends. Yields the StopSignals.
+    The end of the block restores everything except the cluster. Yields the StopSignals.
     """
     if args.distributed:
         start_distributed()
@@ -1837,8 +1868,7 @@ def process_settings(args):
         root = logging.getLogger()
         undo.callback(setattr, root, "handlers", root.handlers)
         root.handlers = [handler]
-        is_writer = not args.distributed or jax.process_index() == 0
-        levels = {root: "ERROR", logger: "INFO" if is_writer else "ERROR"}
+        levels = {root: "ERROR", logger: "INFO" if is_writer(args) else "ERROR"}
         levels[logging.getLogger("datasets")] = "CRITICAL"
         for some_logger, level in levels.items():
             undo.callback(some_logger.setLevel, some_logger.level)
@@ -1895,12 +1925,10 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(sys.argv[1:] if argv is None else argv)
     with exit_with_one_line(1, args.distributed), process_settings(args) as stop:
         # One process writes. Find out before anything else whether it can.
-        is_writer = not args.distributed or jax.process_index() == 0
-        checkpoints, upload = prepare_output(args) if is_writer else ([], None)
+        writes = is_writer(args)
+        checkpoints, upload = prepare_output(args) if writes else ([], None)
 
-        # Load. The threads of the tokenizer read their number from the environment.
-        if args.preprocessing_num_workers:
-            os.environ["RAYON_NUM_THREADS"] = str(args.preprocessing_num_workers)
+        # Load.
         config, tokenizer, max_length = load_config_and_tokenizer(args)
         collator = make_collator(args, config, tokenizer, max_length)
         train_stream, eval_set, held_out = load_data(args, tokenizer, collator.max_length)
@@ -1918,14 +1946,14 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoints and args.do_train:
             state, first_step, found = restore(checkpoints, state, settings)
             positions = found["stream"]
-        # Leaf by leaf, for less memory.
+        # Process 0 sends the state to the others, one array at a time to limit memory.
         state, first_step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, first_step))
         state = replicate(state)
         position = share_json(positions)[0][jax.process_index()]
         steps = range(int(first_step), num_steps)
         step = steps.start
 
-        # Compile the steps when they are first called.
+        # The steps are compiled when they are first called.
         loss_fn = make_loss_fn(args, model, collator)
         p_train_step = jax.pmap(
             partial(train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed),
@@ -1947,9 +1975,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} blocks "
                 f"of {max_length} tokens."
             )
-            save_args = (args, model, tokenizer, settings, steps.start, upload)
-            saver = Saver(*save_args) if is_writer else None
-            stop.handle(stop.note)
+            saver = None
+            if writes:
+                saver = Saver(args, model, tokenizer, settings, steps.start, upload)
+            stop.handle(stop.record)
             shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
             progress = StreamProgress(position)
             batches = train_batches(blocks, collator, args.seed, steps, shape, progress)
@@ -1971,16 +2000,16 @@ def main(argv: list[str] | None = None) -> None:
                     progress,
                 )
                 if saver:
-                    saver.wait(f"{args.output_dir}: the last save failed, those before are whole")
+                    saver.wait(f"{args.output_dir}: saving failed, earlier checkpoints are intact")
                 progress.raise_error(step)
             if saver and log.results:
                 write_results(args.output_dir, log.results, "train")
 
-        # Evaluate. With several processes, a signal that only one has received does not count.
+        # Evaluate. With several processes, only a signal that all have agreed on stops the run.
         is_stopped = stop.agreed or (stop.received and not args.distributed)
         if args.do_eval and not is_stopped:
             results = evaluate_now(state.params, step)
-            if is_writer:
+            if writes:
                 write_results(args.output_dir, results, "eval")
 
         # Publish.

@@ -1,4 +1,8 @@
-"""Eight virtual devices, no network, caches that end with the session; a small corpus, tokenizer and configuration."""
+"""Settings and fixtures of the test suite.
+
+Tests have eight virtual devices, no network, and caches that are deleted when the session ends. The
+fixtures make a small corpus, a tokenizer and a configuration.
+"""
 
 import atexit
 import os
@@ -12,20 +16,23 @@ import pytest
 from training_scripts import SCRIPTS, Script
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for `import quickstart` and the scripts
+# Tests import quickstart and the scripts.
+sys.path.insert(0, str(ROOT))
 
-# Before jax, transformers and datasets are imported: they read these once. Scripts that tests start inherit them.
 CACHE = Path(tempfile.mkdtemp(prefix="language-modeling-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 assert "jax" not in sys.modules, (
     "jax was imported before tests/conftest.py, which sets its number of devices"
 )
+# jax, transformers and datasets read these variables once, when they are imported. Scripts that
+# tests start inherit them.
 os.environ.update(
     JAX_PLATFORMS="cpu",
     XLA_FLAGS="--xla_force_host_platform_device_count=8",
     JAX_COMPILATION_CACHE_DIR=str(CACHE / "jax"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiling takes half the time; tests of what optimization may change undo it
+    # Compiling then takes half the time. Tests of what optimization may change turn it on again.
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     HF_HOME=str(CACHE / "huggingface"),
     HF_DATASETS_CACHE=str(CACHE / "huggingface" / "datasets"),
     HF_HUB_OFFLINE="1",
@@ -33,14 +40,18 @@ os.environ.update(
 )
 
 
+def is_wanted(item) -> bool:
+    """Whether the functions of all `only_where` marks of a test return true for its parameters."""
+    for mark in item.iter_markers("only_where"):
+        condition = mark.args[0]
+        if not condition(**item.callspec.params):
+            return False
+    return True
+
+
 def pytest_collection_modifyitems(items):
-    """Leaves out the tests whose parameters the function that is marked `only_where` does not want."""
-    wanted = lambda item, mark: mark.args[0](**item.callspec.params)  # noqa: E731
-    items[:] = [
-        item
-        for item in items
-        if all(wanted(item, mark) for mark in item.iter_markers("only_where"))
-    ]
+    """Leave out the tests that their `only_where` marks exclude."""
+    items[:] = [item for item in items if is_wanted(item)]
 
 
 @pytest.fixture(scope="module", params=SCRIPTS, ids=str)
@@ -51,11 +62,16 @@ def script(request) -> Script:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder with a train.txt of 300 KB and a validation.txt of 20 KB: help topics, one paragraph a line."""
+    """A folder with a train.txt of 300 KB and a validation.txt of 20 KB.
+
+    The text is Python's help topics, one paragraph a line.
+    """
     import quickstart
 
-    documents, size = [], 0
-    for document in quickstart.python_documents():  # the topics come first, so no module is parsed
+    documents = []
+    size = 0
+    # The topics come first, so `python_documents` has no module to parse yet.
+    for document in quickstart.python_documents():
         documents.append(document)
         size += len(document)
         if size > 340_000:
@@ -67,7 +83,10 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def roberta_dir(tmp_path_factory, corpus) -> Path:
-    """A folder with a tokenizer of 1,000 tokens and the configuration of a RoBERTa of 2 layers and 128 positions."""
+    """A folder with a tokenizer and the configuration of a RoBERTa.
+
+    The tokenizer has 1,000 tokens, the model 2 layers and 128 positions.
+    """
     import quickstart
 
     directory = tmp_path_factory.mktemp("roberta")
@@ -80,18 +99,16 @@ def roberta_dir(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture(scope="session")
 def run_script():
-    """Function that runs a script of the project in a process of its own and returns its `CompletedProcess`.
+    """A function that runs a script of the project in a new process.
 
-    `argv` starts with the script's name, for example "run_mlm_flax.py"; `env` adds variables, None takes one away.
+    It returns the `CompletedProcess`. `argv` starts with the script's name, such as
+    "run_mlm_flax.py". `env` sets environment variables, and removes those whose value is None.
     """
 
     def run(argv, env=None, timeout=600, **options) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / argv[0]), *map(str, argv[1:])]
-        variables = {
-            name: value
-            for name, value in {**os.environ, **(env or {})}.items()
-            if value is not None
-        }
+        variables = {**os.environ, **(env or {})}
+        variables = {name: value for name, value in variables.items() if value is not None}
         return subprocess.run(
             command,
             env=variables,

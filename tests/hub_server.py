@@ -1,15 +1,19 @@
-"""A stand-in for the Hugging Face Hub on loopback, for tests of --push_to_hub.
+"""A local stand-in for the Hugging Face Hub, for tests of --push_to_hub.
 
-It speaks the endpoints that huggingface_hub calls to name a token's user, create a repository, upload a folder and
-download files of model repositories, so that the real client runs against it unchanged:
+It has the endpoints that huggingface_hub calls to identify a token's user, create a repository,
+upload a folder and download files of model repositories. So the real client runs against it
+unchanged:
 
     with HubServer(valid_tokens={"hf_secret"}) as hub:
-        HfApi(endpoint=hub.url, token="hf_secret").create_repo("my-model")   # or HF_ENDPOINT=hub.url in a subprocess
+        HfApi(endpoint=hub.url, token="hf_secret").create_repo("my-model")
         hub.fail_next(2, where="commit", status=503)
 
-What differs from the Hub: a new repository is empty (no .gitattributes), there is one branch, and what Git LFS stores
-is verified by its SHA-256. Xet storage is not on offer: the client proposes it whenever hf_xet is installed, but
-follows the server's choice, which here is always the "basic" transfer of Git LFS.
+In a subprocess, set HF_ENDPOINT to `hub.url`.
+
+It differs from the Hub in a few points. A new repository is empty: it has no .gitattributes. There
+is one branch. The server verifies the SHA-256 of every Git LFS object. There is no Xet storage: the
+client proposes it whenever hf_xet is installed, but follows the server's choice, which here is
+always the "basic" transfer of Git LFS.
 """
 
 import base64
@@ -23,6 +27,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import yaml
@@ -30,119 +35,204 @@ import yaml
 BAD_TOKEN = "Invalid credentials in Authorization header"
 NO_TOKEN = "Invalid username or password."
 READ_TOKEN = "Forbidden: you must use a write token to do this."
+SERVER_ERROR = "Internal Error - We're working hard to fix this as soon as possible!"
 CREATED_AT = "2026-01-01T00:00:00.000Z"
 
-# What the .gitattributes of a new model repository puts in Git LFS, as far as a training script may write it; so does
-# any file over 10 MB.
-LFS_NAME = re.compile(
-    r".*\.(bin|bz2|ckpt|gz|h5|model|msgpack|npy|npz|onnx|parquet|pickle|pkl|pt|pth|safetensors|tar|zip|zst)|.*tfevents.*"
+# Files that go to Git LFS: those over 10 MB, and those that the .gitattributes of a new model
+# repository names. Names that no training script writes are left out.
+LFS_EXTENSIONS = (
+    "bin|bz2|ckpt|gz|h5|model|msgpack|npy|npz|onnx|parquet|"
+    "pickle|pkl|pt|pth|safetensors|tar|zip|zst"
 )
+LFS_NAME = re.compile(rf".*\.({LFS_EXTENSIONS})|.*tfevents.*")
 LFS_SIZE = 10 * 1024 * 1024
 
 
 class Request(NamedTuple):
-    """A request as it came in; `path` has the query, `headers` has lower-case names, `time` is `time.time()`."""
+    """A request as it was received."""
 
     method: str
+    # With the query.
     path: str
+    # The names are in lower case.
     headers: dict[str, str]
     body: bytes
+    # From `time.time()`.
     time: float
 
 
 class Commit(NamedTuple):
-    """A commit: the paths it wrote or deleted, and all files of the repository after it."""
+    """A commit, with all files of the repository after it."""
 
     repo_id: str
     message: str
+    # Paths that the commit wrote or deleted.
     paths: list[str]
     oid: str
     files: dict[str, bytes]
 
 
 class HubError(Exception):
-    """Answers a request with an error, shaped as the Hub's errors are."""
+    """Answer a request with an error in the Hub's format."""
 
     def __init__(self, status, message, code=None, **headers):
         super().__init__(message)
-        self.status, self.message, self.headers = (
-            status,
-            message,
-            {"X-Error-Message": message, **headers},
-        )
+        self.status = status
+        self.message = message
+        self.headers = {"X-Error-Message": message, **headers}
         if code:
             self.headers["X-Error-Code"] = code
 
 
 class Dropped(Exception):
-    """Closes the connection with no answer."""
+    """Close the connection without an answer."""
 
 
-# (methods, path, names of its faults for `fail_next`, whether it needs a token, method of HubServer that answers it)
+@dataclass
+class Plan:
+    """A fault or a delay for the next requests of a kind."""
+
+    # Number of requests that it still applies to.
+    remaining: int
+    # The kind of request, as in `HubServer.fail_next`.
+    where: str
+    # Seconds.
+    delay: float
+    # 200 for a delay alone. None drops the connection.
+    status: int | None
+
+
+class Route(NamedTuple):
+    """A kind of request and the method of HubServer that answers it."""
+
+    http_methods: str
+    path: str
+    # The names of this kind of request in `HubServer.fail_next`.
+    kinds: str
+    needs_token: bool
+    handler: str
+
+
 ROUTES = (
-    ("GET", "/api/whoami-v2", "whoami", True, "_whoami"),
-    ("POST", "/api/repos/create", "create", True, "_create"),
-    ("POST", "/api/validate-yaml", "yaml", False, "_validate_yaml"),
-    ("POST", "/api/models/REPO/preupload/REVISION", "preupload", True, "_preupload"),
-    ("POST", "/api/models/REPO/commit/REVISION", "commit", True, "_commit"),
-    ("GET", "/api/models/REPO/tree/REVISION(?:/PATH)?", "read", False, "_tree"),
-    ("GET", "/api/models/REPO(?:/revision/REVISION)?", "read", False, "_info"),
-    ("POST", "/REPO.git/info/lfs/objects/batch", "lfs", True, "_lfs_batch"),
-    ("POST", "/REPO.git/info/lfs/verify", "lfs", True, "_lfs_verify"),
-    ("PUT", "/storage/REPO/OID", "lfs object", False, "_lfs_put"),
-    ("HEAD GET", "/storage/REPO/OID", "read", False, "_lfs_get"),
-    ("HEAD GET", "/REPO/resolve/REVISION/PATH", "read", False, "_resolve"),
+    Route("GET", "/api/whoami-v2", "whoami", True, "_whoami"),
+    Route("POST", "/api/repos/create", "create", True, "_create"),
+    Route("POST", "/api/validate-yaml", "yaml", False, "_validate_yaml"),
+    Route("POST", "/api/models/REPO/preupload/REVISION", "preupload", True, "_preupload"),
+    Route("POST", "/api/models/REPO/commit/REVISION", "commit", True, "_commit"),
+    Route("GET", "/api/models/REPO/tree/REVISION(?:/PATH)?", "read", False, "_tree"),
+    Route("GET", "/api/models/REPO(?:/revision/REVISION)?", "read", False, "_info"),
+    Route("POST", "/REPO.git/info/lfs/objects/batch", "lfs", True, "_lfs_batch"),
+    Route("POST", "/REPO.git/info/lfs/verify", "lfs", True, "_lfs_verify"),
+    Route("PUT", "/storage/REPO/OID", "lfs object", False, "_lfs_put"),
+    Route("HEAD GET", "/storage/REPO/OID", "read", False, "_lfs_get"),
+    Route("HEAD GET", "/REPO/resolve/REVISION/PATH", "read", False, "_resolve"),
 )
+# Regular expressions for the upper-case words in the paths of the routes.
 FIELDS = {"REPO": r"[\w.-]+/[\w.-]+?", "REVISION": r"[^/]+", "PATH": r".+", "OID": r"[0-9a-f]{64}"}
 
 
-def find_route(method, path):
-    """Returns the route and the fields of the path, unquoted and named in lower case."""
+def path_pattern(route: Route) -> str:
+    """Return the regular expression for a route's path, with a named group for each field."""
+
+    def group(match):
+        field = match[0]
+        return f"(?P<{field.lower()}>{FIELDS[field]})"
+
+    return re.sub("|".join(FIELDS), group, route.path)
+
+
+def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
+    """Return the route of a request and the unquoted fields of its path, by name in lower case."""
     for route in ROUTES:
-        pattern = re.sub(
-            "|".join(FIELDS), lambda field: f"(?P<{field[0].lower()}>{FIELDS[field[0]]})", route[1]
-        )
-        match = re.fullmatch(pattern, path)
-        if match and method in route[0].split():
-            return route, {
-                name: urllib.parse.unquote(text) for name, text in match.groupdict().items() if text
-            }
+        match = re.fullmatch(path_pattern(route), path)
+        if match and method in route.http_methods.split():
+            groups = match.groupdict().items()
+            return route, {name: urllib.parse.unquote(text) for name, text in groups if text}
     raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
 
-class HubServer:
-    """The stand-in; a context manager that listens while it is entered.
+def token_of(request: Request) -> str:
+    """Return the token in a request's header, or an empty string."""
+    return request.headers.get("authorization", "").removeprefix("Bearer ")
 
-    url           where it listens, for `endpoint=` or HF_ENDPOINT
-    valid_tokens  a request with another token gets 401, a writing one without a token too
-    read_tokens   those of the valid tokens that may only read: writing gets 403
-    user, orgs    whose tokens these are, and the other namespaces that they may write to
-    repos         {repo_id: {path: bytes}}, the files at the head of each repository
-    private       the repository ids that need a token to be read
-    commits       every `Commit` in order
-    requests      every `Request` in order
-    on_commit     called with each `Commit` after it was stored and before it is answered
+
+def edit_files(files: dict[str, bytes], lfs_paths: set[str], objects: dict[str, bytes], edits):
+    """Apply the edits of a commit to the files of a repository.
+
+    Args:
+        files: {path: content}, changed in place.
+        lfs_paths: paths of the files in Git LFS, changed in place.
+        objects: {SHA-256: content} of the repository's uploaded Git LFS objects.
+        edits: the lines of the commit, each with a "key" and a "value".
+    """
+    for edit in edits:
+        key = edit["key"]
+        value = edit["value"]
+        path = value["path"]
+        lfs_paths.discard(path)
+        if key == "file":
+            files[path] = base64.b64decode(value["content"], validate=True)
+        elif key == "lfsFile":
+            if value["oid"] not in objects:
+                message = f"Your push was rejected: the LFS object of {path} was not uploaded"
+                raise HubError(400, message)
+            files[path] = objects[value["oid"]]
+            lfs_paths.add(path)
+        elif key == "deletedFile" and path in files:
+            del files[path]
+        elif key == "deletedFolder":
+            prefix = path.rstrip("/") + "/"
+            for name in [name for name in files if name.startswith(prefix)]:
+                del files[name]
+        else:
+            raise HubError(400, f"cannot apply {key} to {path}")
+
+
+class HubServer:
+    """The stand-in. It is a context manager, and listens until the context ends.
+
+    Attributes:
+        url: where it listens, for `endpoint=` or HF_ENDPOINT.
+        valid_tokens: a request with any other token gets 401. So does a request that writes and has
+            no token.
+        read_tokens: the valid tokens that may only read. A request that writes gets 403.
+        user: the user whose tokens these are.
+        orgs: the other namespaces that the user may write to.
+        repos: {repo_id: {path: bytes}}, the files at the head of each repository.
+        private: the ids of the repositories that can be read only with a token.
+        commits: every `Commit`, in order.
+        requests: every `Request`, in order.
+        on_commit: function that is called with each `Commit` after it is stored and before it is
+            answered, or None.
     """
 
     def __init__(self, valid_tokens=("hf_valid",), user="user", orgs=("org",)):
-        self.valid_tokens, self.read_tokens = set(valid_tokens), set()
-        self.user, self.orgs = user, tuple(orgs)
-        self.repos, self.private, self.commits, self.requests = {}, set(), [], []
+        self.valid_tokens = set(valid_tokens)
+        self.read_tokens = set()
+        self.user = user
+        self.orgs = tuple(orgs)
+        self.repos = {}
+        self.private = set()
+        self.commits = []
+        self.requests = []
         self.on_commit = None
-        self._lfs_objects, self._lfs_paths = (
-            {},
-            {},
-        )  # {(repo_id, SHA-256): bytes}, {repo_id: {paths in Git LFS}}
-        self._plans, self._crashes = [], []  # plans: [how often, where, seconds, status]
-        self._lock, self._stopped = threading.RLock(), threading.Event()
+        # {repo_id: {SHA-256: content}} of the uploaded Git LFS objects.
+        self._lfs_objects = {}
+        # {repo_id: set of the paths in Git LFS}.
+        self._lfs_paths = {}
+        self._plans = []
+        # Exceptions of handlers, which are bugs of this server.
+        self._crashes = []
+        self._lock = threading.RLock()
+        self._stopped = threading.Event()
 
     def __enter__(self):
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
+        options = {"poll_interval": 0.02}
+        thread = threading.Thread(target=self._server.serve_forever, kwargs=options, daemon=True)
+        thread.start()
         return self
 
     def __exit__(self, exception_type, exception, traceback):
@@ -151,7 +241,7 @@ class HubServer:
             raise self._crashes[0]
 
     def stop(self):
-        """Dies at once: open connections break off, new ones are refused."""
+        """Stop at once: break off open connections and refuse new ones."""
         with self._lock:
             if self._stopped.is_set():
                 return
@@ -159,85 +249,106 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
         for connection in list(self._server.connections):
-            with contextlib.suppress(OSError):  # the peer, or the handler's thread, was faster
+            # The peer or the handler's thread may have closed it already.
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def add_repo(self, repo_id, files, private=False):
-        """Makes a repository with {path: bytes} in it, none of them in Git LFS."""
-        self.repos[repo_id], self._lfs_paths[repo_id] = dict(files), set()
+        """Create a repository from {path: bytes}. None of the files is in Git LFS."""
+        self.repos[repo_id] = dict(files)
+        self._lfs_paths[repo_id] = set()
         if private:
             self.private.add(repo_id)
 
     def fail_next(self, n, where="any", status=500):
-        """Fails the next `n` requests of a kind; a status of None drops the connection without an answer.
+        """Fail the next `n` requests of a kind.
 
-        where: "create", "preupload", "lfs" (any request of Git LFS: the first is the batch, which the client does not
-        repeat), "object" (an upload to Git LFS, which it repeats five times over 23 s for a status from 500, 502, 503
-        and 504 or a lost connection), "commit" or "any".
+        Args:
+            n: number of requests.
+            where: "create", "preupload", "commit", "any", "lfs" or "object". "lfs" is any request
+                of Git LFS. The first of them is the batch request, which the client does not
+                repeat. "object" is an upload to Git LFS. The client repeats it five times within 23
+                s if the status is 500, 502, 503 or 504 or the connection was lost.
+            status: the HTTP status of the answer. None drops the connection without an answer.
         """
         with self._lock:
-            self._plans.append([n, where, 0, status])
+            self._plans.append(Plan(n, where, 0, status))
 
     def delay_next(self, n, seconds, where="commit"):
-        """Lets the next `n` requests of a kind wait before anything is done with them."""
+        """Delay the next `n` requests of a kind before they are processed."""
         with self._lock:
-            self._plans.append([n, where, seconds, 200])
+            self._plans.append(Plan(n, where, seconds, 200))
 
     def request_log(self):
-        """`METHOD path` of every request so far, without queries."""
+        """Return `METHOD path` of every request so far, without queries."""
         return [f"{request.method} {request.path.partition('?')[0]}" for request in self.requests]
 
     def _answer(self, request):
-        """Returns (status, headers, body as bytes or something for JSON); raises HubError or Dropped."""
+        """Answer a request.
+
+        Returns the status, the headers and the body, which is bytes or a value for JSON. Raises
+        HubError or Dropped.
+        """
         path, _, query = request.path.partition("?")
-        (_, _, kinds, needs_token, method), fields = find_route(request.method, path)
-        self._follow_plans(["any", *kinds.split()])
-        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        route, fields = find_route(request.method, path)
+        self._follow_plans(["any", *route.kinds.split()])
+        token = token_of(request)
         if token and token not in self.valid_tokens:
             raise HubError(401, BAD_TOKEN)
-        if needs_token and not token:
+        if route.needs_token and not token:
             raise HubError(401, NO_TOKEN)
-        if needs_token and token in self.read_tokens and method != "_whoami":
+        if route.needs_token and token in self.read_tokens and route.handler != "_whoami":
             raise HubError(403, READ_TOKEN)
-        repo_id = fields.get("repo")
-        hidden = (
-            repo_id in self.private and not token and not path.startswith("/storage/")
-        )  # whose links are signed
-        if repo_id is not None and (repo_id not in self.repos or hidden):
-            # Of what it may not know about, a client without a token learns no more than that it needs one. Over https
-            # huggingface_hub takes that 401 for "not found"; over http it needs the code to do so.
-            raise HubError(
-                404 if token else 401, "Repository not found" if token else NO_TOKEN, "RepoNotFound"
-            )
-        return getattr(self, method)(request, query=dict(urllib.parse.parse_qsl(query)), **fields)
+        # Links to storage are signed and need no token.
+        if "repo" in fields:
+            self._check_visible(fields["repo"], token, is_signed=path.startswith("/storage/"))
+        handler = getattr(self, route.handler)
+        return handler(request, query=dict(urllib.parse.parse_qsl(query)), **fields)
+
+    def _check_visible(self, repo_id, token, is_signed):
+        """Raise HubError if a repository does not exist or a request may not know that it does.
+
+        Without a token the answer is 401 in both cases. Over https huggingface_hub takes that 401
+        for "not found"; over http it needs the error code to do so.
+        """
+        is_hidden = repo_id in self.private and not token and not is_signed
+        if repo_id in self.repos and not is_hidden:
+            return
+        if token:
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        raise HubError(401, NO_TOKEN, "RepoNotFound")
 
     def _follow_plans(self, kinds):
-        """Delays or fails a request as told. Every plan that applies counts it, up to one that fails it."""
+        """Delay or fail a request as planned.
+
+        Every plan for one of these kinds counts the request, up to the first plan that fails it.
+        """
         for plan in list(self._plans):
             with self._lock:
-                if plan[0] < 1 or plan[1] not in kinds:
+                if plan.remaining < 1 or plan.where not in kinds:
                     continue
-                plan[0] -= 1
-            if self._stopped.wait(plan[2]) or plan[3] is None:
+                plan.remaining -= 1
+            if self._stopped.wait(plan.delay) or plan.status is None:
                 raise Dropped
-            if plan[3] != 200:
-                raise HubError(
-                    plan[3], "Internal Error - We're working hard to fix this as soon as possible!"
-                )
+            if plan.status != 200:
+                raise HubError(plan.status, SERVER_ERROR)
 
     def _whoami(self, request, query):
         orgs = [
             {"type": "org", "id": org, "name": org, "fullname": org, "roleInOrg": "write"}
             for org in self.orgs
         ]
-        role = (
-            "read"
-            if request.headers["authorization"].removeprefix("Bearer ") in self.read_tokens
-            else "write"
-        )
+        role = "read" if token_of(request) in self.read_tokens else "write"
         access = {"displayName": "test", "role": role, "createdAt": CREATED_AT}
-        answer = {"type": "user", "id": "0", "name": self.user, "fullname": self.user, "orgs": orgs}
-        return 200, {}, {**answer, "auth": {"type": "access_token", "accessToken": access}}
+        answer = {
+            "type": "user",
+            "id": "0",
+            "name": self.user,
+            "fullname": self.user,
+            "orgs": orgs,
+            "auth": {"type": "access_token", "accessToken": access},
+        }
+        return 200, {}, answer
 
     def _create(self, request, query):
         settings = json.loads(request.body)
@@ -246,130 +357,103 @@ class HubServer:
         if settings.get("type", "model") != "model":
             raise HubError(400, "this stand-in has model repositories only")
         if namespace not in (self.user, *self.orgs):
-            raise HubError(
-                403,
-                f'You don\'t have the rights to create a model under the namespace "{namespace}"',
-            )
-        answer = {
-            "url": f"{self.url}/{repo_id}",
-            "name": repo_id,
-            "id": hashlib.md5(repo_id.encode()).hexdigest(),
-        }
+            message = "You don't have the rights to create a model under the namespace"
+            raise HubError(403, f'{message} "{namespace}"')
+        url = f"{self.url}/{repo_id}"
         with self._lock:
             if repo_id in self.repos:
-                return (
-                    409,
-                    {},
-                    {"error": "You already created this model repo", "url": answer["url"]},
-                )
+                return 409, {}, {"error": "You already created this model repo", "url": url}
             self.add_repo(repo_id, {}, bool(settings.get("private")))
+        answer = {"url": url, "name": repo_id, "id": hashlib.md5(repo_id.encode()).hexdigest()}
         return 200, {}, answer
 
     def _validate_yaml(self, request, query):
-        match = re.match(r"---\n(.*?)\n---(\n|$)", json.loads(request.body)["content"], re.DOTALL)
+        card = json.loads(request.body)["content"]
+        match = re.match(r"---\n(.*?)\n---(\n|$)", card, re.DOTALL)
+        errors = []
+        warnings = []
         try:
             metadata = yaml.safe_load(match[1]) if match else None
         except yaml.YAMLError as error:
-            return 400, {}, {"errors": [{"message": f"Invalid YAML: {error}"}], "warnings": []}
-        if metadata is not None and not isinstance(metadata, dict):
-            return (
-                400,
-                {},
-                {"errors": [{"message": "the metadata is not a mapping"}], "warnings": []},
-            )
-        missing = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
-        return 200, {}, {"errors": [], "warnings": missing}
+            errors.append({"message": f"Invalid YAML: {error}"})
+        else:
+            if metadata is not None and not isinstance(metadata, dict):
+                errors.append({"message": "the metadata is not a mapping"})
+            elif not metadata:
+                warnings.append({"message": "empty or missing yaml metadata in repo card"})
+        return 400 if errors else 200, {}, {"errors": errors, "warnings": warnings}
 
     def _preupload(self, request, repo, revision, query):
-        files = []
+        answers = []
         for file in json.loads(request.body)["files"]:
-            path, name = file["path"], file["path"].rpartition("/")[2]
-            lfs = file["size"] > LFS_SIZE or LFS_NAME.fullmatch(name) is not None
+            path = file["path"]
+            name = path.rpartition("/")[2]
+            is_lfs = file["size"] > LFS_SIZE or LFS_NAME.fullmatch(name) is not None
             answer = {
                 "path": path,
-                "uploadMode": "lfs" if lfs else "regular",
+                "uploadMode": "lfs" if is_lfs else "regular",
                 "shouldIgnore": False,
             }
-            if path in self.repos[repo]:  # lets the client leave out what has not changed
+            # With the id, the client leaves out a file that has not changed.
+            if path in self.repos[repo]:
                 answer["oid"] = self._file_info(repo, path, self.repos[repo][path])["oid"]
-            files.append(answer)
-        return 200, {}, {"files": files, "commitOid": self._head(repo)}
+            answers.append(answer)
+        return 200, {}, {"files": answers, "commitOid": self._head(repo)}
 
     def _lfs_batch(self, request, repo, query):
         batch = json.loads(request.body)
         if batch["operation"] != "upload" or "basic" not in batch["transfers"]:
             raise HubError(400, "this stand-in takes uploads by the basic transfer only")
-        objects = [{"oid": item["oid"], "size": item["size"]} for item in batch["objects"]]
-        for item in objects:
-            if (
-                repo,
-                item["oid"],
-            ) not in self._lfs_objects:  # else it is already here, and there is nothing to do
-                upload = {"href": f"{self.url}/storage/{repo}/{item['oid']}?X-Amz-Signature=0"}
-                item["actions"] = {
-                    "upload": upload,
-                    "verify": {"href": f"{self.url}/{repo}.git/info/lfs/verify"},
-                }
+        stored = self._lfs_objects.get(repo, {})
+        objects = []
+        for item in batch["objects"]:
+            oid = item["oid"]
+            answer = {"oid": oid, "size": item["size"]}
+            # Without actions, the client does not upload the object.
+            if oid not in stored:
+                upload_url = f"{self.url}/storage/{repo}/{oid}?X-Amz-Signature=0"
+                verify_url = f"{self.url}/{repo}.git/info/lfs/verify"
+                answer["actions"] = {"upload": {"href": upload_url}, "verify": {"href": verify_url}}
+            objects.append(answer)
         content_type = {"Content-Type": "application/vnd.git-lfs+json"}
         return 200, content_type, {"transfer": "basic", "objects": objects}
 
     def _lfs_put(self, request, repo, oid, query):
-        """Storage takes what it is sent, under the name given; the Hub asks for the hash when it verifies."""
+        """Accept any content, as storage does: the Hub checks the hash later, in `verify`."""
         if hashlib.sha256(request.body).hexdigest() == oid:
-            self._lfs_objects[repo, oid] = request.body
+            self._lfs_objects.setdefault(repo, {})[oid] = request.body
         return 200, {"ETag": '"0"'}, b""
 
     def _lfs_verify(self, request, repo, query):
         item = json.loads(request.body)
-        if len(self._lfs_objects.get((repo, item["oid"]), b"")) != item["size"]:
-            raise HubError(
-                422,
-                f"what was uploaded does not have the size {item['size']} and SHA-256 {item['oid']}",
-            )
+        content = self._lfs_objects.get(repo, {}).get(item["oid"], b"")
+        if len(content) != item["size"]:
+            expected = f"the size {item['size']} and SHA-256 {item['oid']}"
+            raise HubError(422, f"what was uploaded does not have {expected}")
         return 200, {}, {}
 
     def _lfs_get(self, request, repo, oid, query):
-        return 200, {"ETag": f'"{oid}"'}, self._lfs_objects[repo, oid]
+        return 200, {"ETag": f'"{oid}"'}, self._lfs_objects[repo][oid]
 
     def _commit(self, request, repo, revision, query):
-        """Newline-separated JSON: a header, then one line for each file."""
-        lines = [json.loads(line) for line in request.body.splitlines()]
-        header = lines.pop(0)["value"]
+        """Apply a commit: lines of JSON, first a header, then one line for each file."""
+        header, *edits = [json.loads(line) for line in request.body.splitlines()]
+        message = header["value"]["summary"]
         with self._lock:
+            head = self._head(repo)
             if revision != "main":
                 raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-            if header.get("parentCommit", self._head(repo)) != self._head(repo):
+            if header["value"].get("parentCommit", head) != head:
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
-            files, lfs_paths = dict(self.repos[repo]), set(self._lfs_paths[repo])
-            for line in lines:
-                key, value = line["key"], line["value"]
-                path = value["path"]
-                lfs_paths.discard(path)
-                if key == "file":
-                    files[path] = base64.b64decode(value["content"], validate=True)
-                elif key == "lfsFile":
-                    if (repo, value["oid"]) not in self._lfs_objects:
-                        raise HubError(
-                            400,
-                            f"Your push was rejected: the LFS object of {path} was not uploaded",
-                        )
-                    files[path] = self._lfs_objects[repo, value["oid"]]
-                    lfs_paths.add(path)
-                elif key == "deletedFile" and path in files:
-                    del files[path]
-                elif key == "deletedFolder":
-                    files = {
-                        name: data
-                        for name, data in files.items()
-                        if not name.startswith(path.rstrip("/") + "/")
-                    }
-                else:
-                    raise HubError(400, f"cannot apply {key} to {path}")
-            oid = hashlib.sha1(f"{len(self.commits)} {header['summary']}".encode()).hexdigest()
-            self.repos[repo], self._lfs_paths[repo] = files, lfs_paths
-            commit = Commit(
-                repo, header["summary"], [line["value"]["path"] for line in lines], oid, dict(files)
-            )
+            # The repository changes only if all edits can be applied.
+            files = dict(self.repos[repo])
+            lfs_paths = set(self._lfs_paths[repo])
+            edit_files(files, lfs_paths, self._lfs_objects.get(repo, {}), edits)
+            self.repos[repo] = files
+            self._lfs_paths[repo] = lfs_paths
+            paths = [edit["value"]["path"] for edit in edits]
+            oid = hashlib.sha1(f"{len(self.commits)} {message}".encode()).hexdigest()
+            commit = Commit(repo, message, paths, oid, dict(files))
             self.commits.append(commit)
         if self.on_commit:
             self.on_commit(commit)
@@ -382,11 +466,11 @@ class HubServer:
         return 200, {}, answer
 
     def _head(self, repo):
-        own = [commit.oid for commit in self.commits if commit.repo_id == repo]
-        return own[-1] if own else "0" * 40
+        oids = [commit.oid for commit in self.commits if commit.repo_id == repo]
+        return oids[-1] if oids else "0" * 40
 
     def _snapshot(self, repo, revision):
-        """Returns the commit's id and the files that it has."""
+        """Return the id of a commit and its files."""
         if revision in ("main", self._head(repo)):
             return self._head(repo), self.repos[repo]
         for commit in self.commits:
@@ -395,7 +479,10 @@ class HubServer:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def _file_info(self, repo, path, data):
-        """The `oid` is what the client compares its own files with, and what it names its cached files by."""
+        """Return the ids and the size of a file.
+
+        The client compares its own files with the `oid`, and names its cached files by it.
+        """
         if path in self._lfs_paths[repo]:
             oid = hashlib.sha256(data).hexdigest()
             lfs = {"oid": oid, "sha256": oid, "size": len(data), "pointerSize": 134}
@@ -416,14 +503,16 @@ class HubServer:
             "author": repo.split("/")[0],
             "sha": head,
             "gated": False,
+            "private": repo in self.private,
+            "disabled": False,
+            "createdAt": CREATED_AT,
+            "lastModified": CREATED_AT,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+            "siblings": siblings,
         }
-        answer.update(
-            private=repo in self.private,
-            disabled=False,
-            createdAt=CREATED_AT,
-            lastModified=CREATED_AT,
-        )
-        return 200, {}, {**answer, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings}
+        return 200, {}, answer
 
     def _tree(self, request, repo, revision, query, path=""):
         _, files = self._snapshot(repo, revision)
@@ -431,35 +520,33 @@ class HubServer:
         names = [name for name in sorted(files) if name.startswith(prefix)]
         if path and not names:
             raise HubError(404, f'{path} does not exist on "{revision}"', "EntryNotFound")
+        entries = []
+        for name in names:
+            entries.append(
+                {"type": "file", "path": name, **self._file_info(repo, name, files[name])}
+            )
         folders = {name[: match.start()] for name in names for match in re.finditer("/", name)}
-        entries = [
-            {"type": "file", "path": name, **self._file_info(repo, name, files[name])}
-            for name in names
-        ]
-        entries += [
-            {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
-            for name in sorted(folders)
-        ]
+        for name in sorted(folders):
+            entries.append({"type": "directory", "path": name, "oid": "0" * 40, "size": 0})
         entries = [entry for entry in entries if entry["path"].startswith(prefix)]
         if query.get("recursive", "").lower() != "true":
             entries = [entry for entry in entries if "/" not in entry["path"][len(prefix) :]]
         return 200, {}, entries
 
     def _resolve(self, request, repo, revision, path, query):
-        """Files in Git LFS are redirected to where they are stored."""
+        """Return a file, or redirect to storage if the file is in Git LFS."""
         head, files = self._snapshot(repo, revision)
         if path not in files:
             raise HubError(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": head})
         info = self._file_info(repo, path, files[path])
-        headers = {"X-Repo-Commit": head, "ETag": f'"{info["oid"]}"'}
+        etag = f'"{info["oid"]}"'
+        headers = {"X-Repo-Commit": head, "ETag": etag}
         if "lfs" not in info:
             return 200, headers, files[path]
-        linked = {"X-Linked-ETag": f'"{info["oid"]}"', "X-Linked-Size": str(info["size"])}
-        return (
-            302,
-            {**headers, **linked, "Location": f"{self.url}/storage/{repo}/{info['oid']}"},
-            b"",
-        )
+        headers["X-Linked-ETag"] = etag
+        headers["X-Linked-Size"] = str(info["size"])
+        headers["Location"] = f"{self.url}/storage/{repo}/{info['oid']}"
+        return 302, headers, b""
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -478,15 +565,17 @@ class _Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
-        """Clients that go away, and connections that `stop` breaks off, are nothing to report; a bug here is."""
+        """Record bugs of this server, but not lost connections or those that `stop` breaks off."""
         crash = sys.exc_info()[1]
         if not isinstance(crash, OSError) and not self.hub._stopped.is_set():
             self.hub._crashes.append(crash)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections stay open, as the Hub's do
-    wbufsize = -1  # an answer leaves in one piece
+    # Connections stay open, as the Hub's do.
+    protocol_version = "HTTP/1.1"
+    # Writes are buffered, so that an answer is sent in one piece.
+    wbufsize = -1
 
     def _handle(self):
         hub = self.server.hub
@@ -497,15 +586,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             status, headers, body = hub._answer(request)
         except HubError as error:
-            status, headers, body = error.status, error.headers, {"error": error.message}
+            status = error.status
+            headers = error.headers
+            body = {"error": error.message}
         except Dropped:
             self.close_connection = True
             return
         if not isinstance(body, bytes):
-            headers, body = (
-                {"Content-Type": "application/json; charset=utf-8", **headers},
-                json.dumps(body).encode(),
-            )
+            headers = {"Content-Type": "application/json; charset=utf-8", **headers}
+            body = json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -513,7 +602,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = _handle
+    do_GET = _handle
+    do_HEAD = _handle
+    do_POST = _handle
+    do_PUT = _handle
 
     def log_message(self, *arguments):
-        pass
+        """Log nothing."""

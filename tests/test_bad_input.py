@@ -1,7 +1,7 @@
-"""What bad input gets: one line on stderr that says what is wrong, status 2 or 1, nothing written.
+"""Bad input gets one line on stderr that says what is wrong, and nothing is written.
 
-Status 2 where the command line alone shows that it is wrong, 1 where a file had to be looked at. Cases for code that
-the scripts have word for word in common run for the template alone.
+The exit status is 2 if the command line alone shows the error, and 1 if the script had to read a
+file. Code that is word for word the same in all scripts is tested only in the template.
 """
 
 import importlib
@@ -35,6 +35,7 @@ SECRET = "hf_aSecretOfTheTests"
 
 @pytest.fixture(scope="module")
 def place(script, tmp_path_factory) -> Place:
+    """A place with bad files, and with a finished run in the folder `present`."""
     place = Place(script, tmp_path_factory.mktemp("bad_input"))
     run = place.run("present", max_steps=1, do_train=True)
     assert (run.returncode, run.lines) == (0, [])
@@ -43,10 +44,40 @@ def place(script, tmp_path_factory) -> Place:
 
 
 def write_files(place: Place):
-    """Data, models and tokenizers that are wrong in one way each; runs have their folder as working directory."""
+    """Write data, models, tokenizers and settings that are wrong in one way each.
+
+    They are in the working directory of the runs.
+    """
+    folder = place.directory
+    write_bad_data(folder)
+    (folder / "directory.txt").mkdir()
+    (folder / "no_files").mkdir()
+    (folder / "other_files").mkdir()
+    (folder / "other_files" / "notes.txt").write_text("mine")
+    (folder / "a_file").write_text("mine")
+
+    shutil.copytree(place.model, folder / "broken_config")
+    (folder / "broken_config" / "config.json").write_text('{"model_type": ')
+    shutil.copytree(folder / "present", folder / "broken_weights")
+    (folder / "broken_weights" / "flax_model.msgpack").write_bytes(b"no weights")
+    (folder / "broken_weights" / "model.safetensors").unlink()
+
+    count = place.script.num_sentinels
+    word_tokenizer(folder / "without_mask", without=("mask",), sentinels=count)
+    word_tokenizer(folder / "without_pad", without=("pad",), sentinels=count)
+    word_tokenizer(folder / "without_eos", without=("eos",), sentinels=count)
+    word_tokenizer(folder / "without_sentinels")
+    word_tokenizer(folder / "larger", num_words=NUM_WORDS + 10, sentinels=count)
+
+    for name, (output_dir, changes) in SETTINGS.items():
+        settings = {**place.settings(output_dir), **changes}
+        (folder / name).write_text(json.dumps(settings, default=str))
+
+
+def write_bad_data(folder: Path):
+    """Write files of text, word references and settings that are wrong in one way each."""
     import pandas
 
-    folder = place.directory
     files = {
         "empty.txt": b"",
         "blank.txt": b"\n  \n\t\n" * 50,
@@ -69,31 +100,11 @@ def write_files(place: Place):
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    pandas.DataFrame({"text": [["w1"], ["w2"]] * 50}).to_parquet(folder / "lists.parquet")
-    (folder / "directory.txt").mkdir()
-    (folder / "no_files").mkdir()
-    (folder / "other_files").mkdir()
-    (folder / "other_files" / "notes.txt").write_text("mine")
-    (folder / "a_file").write_text("mine")
-    shutil.copytree(place.model, folder / "broken_config")
-    (folder / "broken_config" / "config.json").write_text('{"model_type": ')
-    shutil.copytree(folder / "present", folder / "broken_weights")
-    (folder / "broken_weights" / "flax_model.msgpack").write_bytes(b"no weights")
-    (folder / "broken_weights" / "model.safetensors").unlink()
-    count = place.script.num_sentinels
-    word_tokenizer(folder / "without_mask", without=("mask",), sentinels=count)
-    word_tokenizer(folder / "without_pad", without=("pad",), sentinels=count)
-    word_tokenizer(folder / "without_eos", without=("eos",), sentinels=count)
-    word_tokenizer(folder / "without_sentinels")
-    word_tokenizer(folder / "larger", num_words=NUM_WORDS + 10, sentinels=count)
-    settings = {
-        name: place.settings(output_dir) | changes
-        for name, (output_dir, changes) in SETTINGS.items()
-    }
-    for name, values in settings.items():
-        (folder / name).write_text(json.dumps(values, default=str))
+    lists = pandas.DataFrame({"text": [["w1"], ["w2"]] * 50})
+    lists.to_parquet(folder / "lists.parquet")
 
 
+# {file of settings: (output_dir, changes of `Place.settings`)}
 SETTINGS = {
     "good_settings.json": (
         "from_settings",
@@ -106,18 +117,20 @@ SETTINGS = {
 
 @cache
 def flags_of(script: Script) -> set[str]:
+    """Return the names of all dataclass fields of a script, which are its flags."""
     return set(re.findall(r"^    (\w+): ", script.path.read_text(), re.MULTILINE))
 
 
-def vocabulary(script: Script) -> int:
-    """The size of its tokenizer's, five special tokens included."""
+def vocab_size(script: Script) -> int:
+    """Return the size of the tokenizer's vocabulary, which has five special tokens."""
     return NUM_WORDS + 5 + script.num_sentinels
 
 
 def check_refused(run, status: int, words):
+    """Check that a run ended with one line that contains all of `words`, and no log lines."""
     assert run.returncode == status, run.stderr
     assert len(run.lines) == 1, run.stderr
-    assert run.stderr.count("\n") == 1, run.stderr  # nothing else is said before
+    assert run.stderr.count("\n") == 1, run.stderr
     assert len(run.stderr) < 700
     assert run.stdout == ""
     for word in words:
@@ -125,9 +138,12 @@ def check_refused(run, status: int, words):
     assert SECRET not in run.stderr
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------
 
 NO_DATA = {"train_file": None, "validation_file": None}
+# {case: (changes of the flags, words of the error)}
 COMMAND_LINES = {
     "no output_dir": ({"output_dir": None}, ["--output_dir"]),
     "no data": (NO_DATA, ["--dataset_name", "--train_file"]),
@@ -185,18 +201,34 @@ COMMAND_LINES = {
         ["--pad_to_max_length", "--line_by_line"],
     ),
 }
+# Values that are wrong for any size, and for any real number.
 SIZES = ["0", "-1", "1.5", "many", "nan", ""]
 REALS = ["-1", "nan", "inf", "-inf", "many"]
+# {flag: wrong values}
 NUMBERS = {
-    **{f"per_device_{split}_batch_size": SIZES for split in ("train", "eval")},
-    **{f"{what}_steps": SIZES for what in ("gradient_accumulation", "logging", "save", "eval")},
-    **{f"max_{what}": SIZES for what in ("train_samples", "eval_samples", "seq_length")},
-    **dict.fromkeys(("save_total_limit", "preprocessing_num_workers"), SIZES),
-    "block_size": ["1", *SIZES],  # the one token would have none to predict
-    **dict.fromkeys(("num_train_steps", "num_eval_samples", "shuffle_buffer_size"), SIZES),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), REALS),
-    **{name: ["0", *REALS] for name in ("num_train_epochs", "adam_epsilon")},
-    **{name: ["1", "1.5", *REALS] for name in ("adam_beta1", "adam_beta2")},
+    "per_device_train_batch_size": SIZES,
+    "per_device_eval_batch_size": SIZES,
+    "gradient_accumulation_steps": SIZES,
+    "logging_steps": SIZES,
+    "save_steps": SIZES,
+    "eval_steps": SIZES,
+    "max_train_samples": SIZES,
+    "max_eval_samples": SIZES,
+    "max_seq_length": SIZES,
+    "save_total_limit": SIZES,
+    "preprocessing_num_workers": SIZES,
+    # A block of one token has none to predict.
+    "block_size": ["1", *SIZES],
+    "num_train_steps": SIZES,
+    "num_eval_samples": SIZES,
+    "shuffle_buffer_size": SIZES,
+    "learning_rate": REALS,
+    "weight_decay": REALS,
+    "max_grad_norm": REALS,
+    "num_train_epochs": ["0", *REALS],
+    "adam_epsilon": ["0", *REALS],
+    "adam_beta1": ["1", "1.5", *REALS],
+    "adam_beta2": ["1", "1.5", *REALS],
     "mlm_probability": ["0", "1", "1.5", *REALS],
     "mean_noise_span_length": ["0", *REALS],
     "permute_sentence_ratio": ["1.5", *REALS],
@@ -205,42 +237,50 @@ NUMBERS = {
     "max_steps": ["0", "-2", "1.5", "many"],
     "warmup_steps": ["-1", "1.5", "many", "nan"],
     "seed": ["-1", str(2**32), "1.5", "many"],
-}  # fmt: skip
-
-
+}
+# Flags of the cases that no script has.
 MADE_UP = {"no_such_flag", "train_fil", "tokne"}
 
 
-def each_case(cases, applies=lambda script, case: True):
-    """Each script with each case whose flags it has."""
+def applies_always(script: Script, case: str) -> bool:
+    return True
 
-    def runs(script, case):
+
+def each_case(cases, applies=applies_always):
+    """Decorate a test so that it runs for each script with each case whose flags the script has."""
+
+    def is_run(script, case):
         flags = {case} if cases is NUMBERS else set(cases[case][0])
         return flags - MADE_UP <= flags_of(script) and applies(script, case)
 
-    return lambda test: pytest.mark.only_where.with_args(runs)(
-        pytest.mark.parametrize("case", cases)(test)
-    )
+    def decorate(test):
+        test = pytest.mark.parametrize("case", cases)(test)
+        return pytest.mark.only_where.with_args(is_run)(test)
+
+    return decorate
 
 
 @pytest.fixture
 def parse(place, capfd, monkeypatch):
-    """Function that runs a wrong command line in this process, which takes no time: it ends before anything else is
-    done."""
+    """A function that runs a wrong command line in this process.
+
+    That is fast because the script ends before it does anything else.
+    """
 
     def parse(argv):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         module = importlib.import_module(place.script.path.stem)
         capfd.readouterr()
         try:
-            returncode = module.cli([str(word) for word in argv])
+            with pytest.raises(SystemExit) as ended:
+                module.main([str(word) for word in argv])
+            returncode = ended.value.code
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         stdout, stderr = capfd.readouterr()
-        return SimpleNamespace(
-            returncode=returncode, stdout=stdout, stderr=stderr, lines=stderr.splitlines()
-        )
+        lines = stderr.splitlines()
+        return SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr, lines=lines)
 
     monkeypatch.chdir(place.directory)
     before = snapshot(place.directory)
@@ -248,20 +288,30 @@ def parse(place, capfd, monkeypatch):
     assert snapshot(place.directory) == before
 
 
-@each_case(COMMAND_LINES, lambda script, case: script.needs_model_type or case != "no model")
+def command_line_applies(script: Script, case: str) -> bool:
+    return script.needs_model_type or case != "no model"
+
+
+@each_case(COMMAND_LINES, command_line_applies)
 def test_wrong_command_line(place, parse, case):
-    """In two folders: one with a run in it, where an evaluation finds a model, and one that is not there."""
+    """With an output directory that has a run in it, and with one that does not exist.
+
+    The former has a model, so an evaluation would not be refused there.
+    """
     changes, words = COMMAND_LINES[case]
     for folder in ("absent",) if "do_eval" in changes else ("present", "absent"):
-        check_refused(parse(place.flags(**{"output_dir": folder, **changes})), 2, words)
+        flags = {"output_dir": folder, **changes}
+        check_refused(parse(place.flags(**flags)), 2, words)
 
 
 @each_case(NUMBERS)
 def test_number_out_of_range(place, parse, case):
     for value in NUMBERS[case]:
-        check_refused(parse(place.flags("absent", **{case: value})), 2, [f"--{case}", value])
+        argv = place.flags("absent", **{case: value})
+        check_refused(parse(argv), 2, [f"--{case}", value])
 
 
+# Together with --output_dir these flags are a complete command.
 ENOUGH = (
     "--config_name=start",
     "--tokenizer_name=start",
@@ -279,7 +329,8 @@ ENOUGH = (
         (["list_settings.json"], ["list_settings.json"]),
         (["unknown_settings.json"], ["tokne"]),
         (["wrong_settings.json"], ["per_device_train_batch_size", "many"]),
-        (["good_settings.json", "--seed=1"], ["argument"]),  # a file alone is settings
+        # A file of settings must be the only argument.
+        (["good_settings.json", "--seed=1"], ["argument"]),
         (["--output_dir=absent", "--tokne", SECRET], ["--tokne"]),
         (["--output_dir=absent", SECRET], ["argument"]),
         (["--output_dir=absent", "--seed"], ["--seed"]),
@@ -295,8 +346,12 @@ def test_wrong_words(parse, argv, words):
     check_refused(parse(argv), 2, words)
 
 
-# --------------------------------------------------------------------------------------------- data and environment
+# ---------------------------------------------------------------------------------------
+# Data and environment
+# ---------------------------------------------------------------------------------------
 
+# {case: (changes of the flags, words of the error)}. `test_wrong_data_or_environment` replaces
+# words in upper case by values that depend on the script.
 ENVIRONMENT = {
     "missing file": ({"train_file": "missing.txt"}, ["--train_file", "missing.txt"]),
     "missing validation file": (
@@ -309,10 +364,10 @@ ENVIRONMENT = {
     "blank file": ({"train_file": "blank.txt"}, ["blank"]),
     "blank validation file": ({"validation_file": "blank.txt"}, ["blank"]),
     "undecodable": ({"train_file": "latin1.txt"}, ["--train_file", "latin1.txt", "utf-8"]),
-    **{
-        f"broken {kind}": ({"train_file": f"broken.{kind}"}, ["--train_file", f"broken.{kind}"])
-        for kind in ("json", "jsonl", "csv", "parquet")
-    },
+    "broken json": ({"train_file": "broken.json"}, ["--train_file", "broken.json"]),
+    "broken jsonl": ({"train_file": "broken.jsonl"}, ["--train_file", "broken.jsonl"]),
+    "broken csv": ({"train_file": "broken.csv"}, ["--train_file", "broken.csv"]),
+    "broken parquet": ({"train_file": "broken.parquet"}, ["--train_file", "broken.parquet"]),
     "unknown extension": ({"train_file": "text.doc"}, ["--train_file", "text.doc", "jsonl"]),
     "no such dataset": ({**NO_DATA, "dataset_name": "no/such"}, ["--dataset_name", "no/such"]),
     "a folder without data": (
@@ -333,10 +388,8 @@ ENVIRONMENT = {
         {"train_file": "ambiguous.csv"},
         ["ambiguous.csv", "title", "body", "--text_column_name"],
     ),
-    "too little for a block": (
-        {"train_file": "short.txt"},
-        ["20", "BLOCK"],
-    ),  # 4 lines of <s>, 3 words, </s>
+    # Each of the 4 lines is <s>, 3 words and </s>.
+    "too little for a block": ({"train_file": "short.txt"}, ["20", "BLOCK"]),
     "too little for a batch": ({"per_device_train_batch_size": 1000}, ["2000"]),
     "too little to split": (
         {"train_file": "two_lines.txt", "validation_file": None},
@@ -404,34 +457,29 @@ ENVIRONMENT = {
 }
 
 
-IN_COMMON = {  # what the scripts word for word have in common finds these
-    *(
-        "missing validation file",
-        "a directory as file",
-        "empty file",
-        "empty json",
-        "unknown extension",
-        "no split",
-    ),
-    *(
-        "no such dataset",
-        "a folder without data",
-        "broken json",
-        "broken csv",
-        "broken parquet",
-        "ambiguous columns",
-    ),
-    *(
-        "lists as text",
-        "a column of numbers",
-        "blank validation file",
-        "no such config",
-        "a folder without tokenizer",
-    ),
+# Cases that are found by code that is word for word the same in all scripts but the streaming one.
+IN_COMMON = {
+    "missing validation file",
+    "a directory as file",
+    "empty file",
+    "empty json",
+    "unknown extension",
+    "no split",
+    "no such dataset",
+    "a folder without data",
+    "broken json",
+    "broken csv",
+    "broken parquet",
+    "ambiguous columns",
+    "lists as text",
+    "a column of numbers",
+    "blank validation file",
+    "no such config",
+    "a folder without tokenizer",
 }
 
 
-def applies(script: Script, case: str) -> bool:
+def environment_applies(script: Script, case: str) -> bool:
     if case == "too long" and not script.has_positions:
         return False
     if case == "no mask token" and "mask_token" not in script.path.read_text():
@@ -441,18 +489,24 @@ def applies(script: Script, case: str) -> bool:
     return script is TEMPLATE or script.is_stream or case not in IN_COMMON
 
 
-@each_case(ENVIRONMENT, applies)
+@each_case(ENVIRONMENT, environment_applies)
 def test_wrong_data_or_environment(place, case):
-    """In a folder with a run in it; for the template in one that is not there, too."""
+    """With an output directory that has a run in it, and for the template with a new one, too."""
+    script = place.script
+    values = {
+        "OTHER": script.other_model_type,
+        "OWN": script.model_type,
+        "BLOCK": script.block,
+        "VOCABULARY": vocab_size(script),
+        "VOCABULARY + 10": vocab_size(script) + 10,
+    }
     changes, words = ENVIRONMENT[case]
-    script, own = place.script, vocabulary(place.script)
-    names = {"OTHER": script.other_model_type, "OWN": script.model_type, "BLOCK": script.block}
-    names |= {"VOCABULARY": own, "VOCABULARY + 10": own + 10}
-    changes = {flag: names.get(value, value) for flag, value in changes.items()}
+    changes = {flag: values.get(value, value) for flag, value in changes.items()}
+    words = [values.get(word, word) for word in words]
     before = snapshot(place.directory)
     folders = ("present", "absent") if script is TEMPLATE else ("present",)
     for run in [place.start(folder, **changes) for folder in folders]:
-        check_refused(run.wait(), 1, [names.get(word, word) for word in words])
+        check_refused(run.wait(), 1, words)
     assert snapshot(place.directory) == before
 
 
@@ -466,22 +520,21 @@ def test_wrong_output_dir(place, output_dir, do):
     if (output_dir, do) == ("other_files", "do_eval"):
         pytest.skip("an evaluation may write its results there")
     before = snapshot(place.directory)
-    model = {"model_name_or_path": "present", "config_name": None} if do == "do_eval" else {}
-    check_refused(
-        place.run(Path(output_dir), **model, **{do: True}), 1, ["--output_dir", output_dir]
-    )
+    flags = {do: True}
+    if do == "do_eval":
+        flags["model_name_or_path"] = "present"
+        flags["config_name"] = None
+    run = place.run(Path(output_dir), **flags)
+    check_refused(run, 1, ["--output_dir", output_dir])
     assert snapshot(place.directory) == before
 
 
 @template_alone
 def test_read_only_output_dir(place, tmp_path):
-    """For root, too, for whom permissions are no hindrance."""
+    """A read-only file system refuses root, too, whom permissions do not stop."""
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
     try:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)],
-            check=True,
-            capture_output=True,
-        )
+        subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no file system can be mounted here: {error}")
     try:
@@ -491,22 +544,26 @@ def test_read_only_output_dir(place, tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-# ----------------------------------------------------------------------------------------------------- what is fine
+# ---------------------------------------------------------------------------------------
+# Good input
+# ---------------------------------------------------------------------------------------
+
+
+def flax_model(place: Place, output_dir: str) -> bytes:
+    """Return the weights that a run has exported."""
+    return (place.directory / output_dir / "flax_model.msgpack").read_bytes()
 
 
 @template_alone
 def test_a_file_of_settings_equals_flags(place):
     run = place.start_argv(["good_settings.json"]).wait()
     assert (run.returncode, run.lines) == (0, [])
-    run = place.run("from_flags", **SETTINGS["good_settings.json"][1])
+    _, flags = SETTINGS["good_settings.json"]
+    run = place.run("from_flags", **flags)
     assert (run.returncode, run.lines) == (0, [])
-    both = [
-        (place.directory / name / "flax_model.msgpack").read_bytes()
-        for name in ("from_settings", "from_flags")
-    ]
-    assert both[0] == both[1]
-    default = (place.directory / "present" / "flax_model.msgpack").read_bytes()
-    assert both[0] != default
+    assert flax_model(place, "from_settings") == flax_model(place, "from_flags")
+    # The settings make a difference.
+    assert flax_model(place, "from_settings") != flax_model(place, "present")
 
 
 def test_a_larger_tokenizer_gets_a_larger_table(place):
@@ -514,24 +571,21 @@ def test_a_larger_tokenizer_gets_a_larger_table(place):
     assert run.returncode == 0, run.stderr
     (line,) = run.lines
     assert "WARNING" in line
-    own = vocabulary(place.script)
-    assert {str(own + 10), str(own)} <= set(re.findall(r"\d+", line))
-    assert (
-        json.loads((place.directory / "enlarged" / "config.json").read_text())["vocab_size"]
-        == own + 10
-    )
+    old_size = vocab_size(place.script)
+    new_size = old_size + 10
+    assert {str(new_size), str(old_size)} <= set(re.findall(r"\d+", line))
+    config = json.loads((place.directory / "enlarged" / "config.json").read_text())
+    assert config["vocab_size"] == new_size
     weights = load_file(place.directory / "enlarged" / "model.safetensors")
-    sizes = {size for value in weights.values() for size in value.shape}
-    assert own + 10 in sizes
-    assert own not in sizes
+    sizes = {size for array in weights.values() for size in array.shape}
+    assert new_size in sizes
+    assert old_size not in sizes
 
 
 @template_alone
 def test_quoted_values_through_a_shell(place):
-    argv = [shlex.quote(word) for word in place.flags("quoted", do_train=True)]
-    command = (
-        f"{shlex.quote(sys.executable)} {shlex.quote(str(place.script.path))} {' '.join(argv)}"
-    )
+    argv = [sys.executable, str(place.script.path), *place.flags("quoted", do_train=True)]
+    command = shlex.join(argv)
     quoted = '--adam_beta1="0.8" --max_steps="2" --weight_decay="0.0" --seed="42"'
     run = subprocess.run(
         ["/bin/sh", "-c", f"{command} {quoted}"],
@@ -543,11 +597,7 @@ def test_quoted_values_through_a_shell(place):
     assert run.returncode == 0, run.stderr
     assert "Traceback" not in run.stderr
     run = place.run("unquoted", max_steps=2, adam_beta1=0.8, do_train=True)
-    both = [
-        (place.directory / name / "flax_model.msgpack").read_bytes()
-        for name in ("quoted", "unquoted")
-    ]
-    assert both[0] == both[1]
+    assert flax_model(place, "quoted") == flax_model(place, "unquoted")
 
 
 @template_alone
@@ -557,11 +607,15 @@ def test_quoted_values_through_a_shell(place):
     ids=["command line", "data"],
 )
 def test_in_a_process_of_its_own(place, changes, status, word):
-    """Whose end is not that of a forked child."""
+    """A process of its own ends in another way than a forked child."""
     run = subprocess.run(
         [sys.executable, str(place.script.path), *place.flags("absent", **changes)],
-        cwd=place.directory, env=child_environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=place.directory,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == status, run.stderr
     assert run.stderr.count("\n") == 1
     assert word in run.stderr

@@ -1,7 +1,9 @@
-"""The objective of run_bart_dlm_flax.py against independent references: sentence permutation, infilling, and the loss.
+"""The objective of run_bart_dlm_flax.py against independent references.
 
-Statistics are held to 5 standard deviations, see test_mlm_objective.py; chi-squared statistics are made normal by
-Wilson and Hilferty's cube root: (X / k) ** (1/3) has the mean 1 - 2 / (9 k) and the variance 2 / (9 k).
+Sentence permutation and infilling are compared with a slow reference, the loss with the full
+computation. Statistics have to be within 5 standard deviations, see test_mlm_objective.py.
+Chi-squared statistics are made normal by the cube root of Wilson and Hilferty: (X / k) ** (1/3)
+has the mean 1 - 2 / (9 k) and the variance 2 / (9 k).
 """
 
 import math
@@ -31,10 +33,11 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_bart_dlm_flax as bart
 
-DEVICES = 8  # of tests/conftest.py
 BOS, PAD, EOS, UNK, MASK = range(5)
 NUM_WORDS = 20_000
-START = 7  # no id that a row has at its start, so that it is seen
+
+# The token the decoder starts from. No row starts with it, so a test can tell it apart.
+START = 7
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +50,17 @@ def generator(seed: int = 0, skip: int = 0):
 
 
 def make_rows(rows: int, length: int, seed: int = 0, sentence: float = 8, document: float = 40):
-    """Blocks out of documents of `document` tokens, with sentences of `sentence`, on average. The tokens of a row are
-    all different, so that one tells its place."""
+    """Blocks cut out of documents of `document` tokens and sentences of `sentence`, on average.
+
+    The tokens of a row are all different, so a token tells its position.
+    """
     rng = np.random.default_rng(seed)
     input_ids = np.array([rng.permutation(NUM_WORDS)[:length] + 5 for _ in range(rows)], np.int32)
     starts_sentence = rng.random((rows, length)) < 1 / sentence
     ends = np.flatnonzero(rng.random(input_ids.size - 1) < 1 / document)
-    input_ids.reshape(-1)[ends], input_ids.reshape(-1)[ends + 1] = EOS, BOS
+    tokens = input_ids.reshape(-1)
+    tokens[ends] = EOS
+    tokens[ends + 1] = BOS
     return {"input_ids": input_ids, "starts_sentence": starts_sentence}
 
 
@@ -61,9 +68,19 @@ def one_document(rows: int, length: int, seed: int = 0):
     return make_rows(rows, length, seed, document=1e12)
 
 
+def make_collator(tokenizer, length: int, *arguments, **named_arguments):
+    return bart.FlaxDataCollatorForBartDenoisingLM(
+        tokenizer, length, START, *arguments, **named_arguments
+    )
+
+
+# ----------------------------------------------------------------------------------- slow reference
+
+
 def documents(row, starts_sentence) -> list[list[list[int]]]:
     """The sentences of each document of a row, as lists of positions."""
-    found, document = [], []
+    found = []
+    document = []
     for position, (token, start) in enumerate(zip(row, starts_sentence, strict=True)):
         if token in (BOS, PAD, EOS):
             document = []
@@ -83,11 +100,39 @@ def denoise_row(
     probability: float,
     ratio: float,
     poisson_lambda: float,
-):
-    """The objective in the plainest words, one row and one token after the other: what the encoder sees."""
-    row = list(row)
+) -> list[int]:
+    """What the encoder sees of a row: the objective in its plainest form, token by token."""
+    row = permute_sentences(list(row), starts_sentence, rng, ratio)
+
+    # The lengths of the masked spans, and the number of spans of length 0.
+    text = [position for position, token in enumerate(row) if token not in (BOS, PAD, EOS)]
+    num_masked = round(probability * len(text))
+    num_kept = len(text) - num_masked
+    lengths, num_zeros = draw_span_lengths(num_masked, rng, poisson_lambda)
+
+    # The place of each masked span, then of the mask tokens that are inserted for length 0.
+    state = place_spans(row, text, lengths, num_kept, rng)
+    room = num_masked - list(state.values()).count("span") + row.count(PAD)
+    kept = [position for position in text if state[position] == "kept"]
+    number_of_kept = {position: number for number, position in enumerate(kept)}
+    inserted = Counter()
+    if kept:
+        inserted = Counter(rng.randrange(num_kept) for _ in range(min(num_zeros, room)))
+
+    shown = []
+    for position, token in enumerate(row):
+        if state.get(position) == "kept":
+            shown += inserted[number_of_kept[position]] * [MASK]
+        if state.get(position, "kept") != "hidden" and token != PAD:
+            shown.append(MASK if state.get(position) == "span" else token)
+    return shown
+
+
+def permute_sentences(row: list[int], starts_sentence, rng: random.Random, ratio: float):
+    """Permute `ratio` of the sentences of each document among themselves."""
     for sentences in documents(row, starts_sentence):
-        chosen = sorted(rng.sample(range(len(sentences)), math.ceil(ratio * len(sentences) - 1e-9)))
+        num_chosen = math.ceil(ratio * len(sentences) - 1e-9)
+        chosen = sorted(rng.sample(range(len(sentences)), num_chosen))
         order = list(range(len(sentences)))
         for place, number in zip(chosen, rng.sample(chosen, len(chosen)), strict=True):
             order[place] = number
@@ -95,10 +140,14 @@ def denoise_row(
         tokens = [row[position] for number in order for position in sentences[number]]
         for position, token in zip(places, tokens, strict=True):
             row[position] = token
+    return row
 
-    text = [position for position, token in enumerate(row) if token not in (BOS, PAD, EOS)]
-    left = num_masked = round(probability * len(text))
-    lengths, num_zeros = [], 0
+
+def draw_span_lengths(num_masked: int, rng: random.Random, poisson_lambda: float):
+    """Draw lengths until they sum to `num_masked`. Return the nonzero ones, and count the zeros."""
+    left = num_masked
+    lengths = []
+    num_zeros = 0
     while left:
         length = min(poisson(rng, poisson_lambda), left)
         left -= length
@@ -106,66 +155,82 @@ def denoise_row(
             lengths.append(length)
         else:
             num_zeros += 1
-    num_kept = len(text) - num_masked
+    return lengths, num_zeros
+
+
+def place_spans(row, text, lengths, num_kept: int, rng: random.Random) -> dict[int, str]:
+    """Put each span before a random kept token or at the end.
+
+    Return the state of each position of `text`: "kept", "span" for the first token of a span, or
+    "hidden" for the others. A span that goes across a document's end starts again behind it.
+    """
     gaps = sorted((rng.randint(0, num_kept), rng.random(), length) for length in lengths)
-    state, at = {}, 0  # of a position: "kept", "hidden", or "span", which is the first of a span
+    state = {}
+    at = 0
     for kept in range(num_kept + 1):
         while gaps and gaps[0][0] == kept:
-            for i in range(gaps.pop(0)[2]):
-                state[text[at]] = "hidden" if i and row[text[at] - 1] not in (BOS, EOS) else "span"
+            _, _, length = gaps.pop(0)
+            for i in range(length):
+                continues_span = i and row[text[at] - 1] not in (BOS, EOS)
+                state[text[at]] = "hidden" if continues_span else "span"
                 at += 1
         if kept < num_kept:
             state[text[at]] = "kept"
             at += 1
-    room = num_masked - list(state.values()).count("span") + row.count(PAD)
-    kept = {
-        position: i
-        for i, position in enumerate(position for position in text if state[position] == "kept")
-    }
-    inserted = (
-        Counter(rng.randrange(num_kept) for _ in range(min(num_zeros, room))) if kept else Counter()
-    )
-    shown = []
-    for position, token in enumerate(row):
-        if state.get(position) == "kept":
-            shown += inserted[kept[position]] * [MASK]
-        if state.get(position, "kept") != "hidden" and token != PAD:
-            shown.append(MASK if state.get(position) == "span" else token)
-    return shown
+    return state
 
 
 def poisson(rng: random.Random, poisson_lambda: float) -> int:
-    """Knuth's: how many uniform numbers can be multiplied before the product is below exp(-lambda)."""
-    count, product = 0, rng.random()
+    """Draw from a Poisson distribution by Knuth's algorithm.
+
+    It counts how many uniform numbers can be multiplied before the product is below exp(-lambda).
+    """
+    count = 0
+    product = rng.random()
     while product > math.exp(-poisson_lambda):
         count += 1
         product *= rng.random()
     return count
 
 
+# ------------------------------------------------------------------------------------------ helpers
+
+
+def special_tokens(tokens) -> list[int]:
+    """The tokens that bound documents."""
+    return [token for token in tokens if token in (BOS, EOS)]
+
+
 def shown_rows(batch) -> list[list[int]]:
-    """What the encoder sees, without the padding, which is checked."""
-    lengths = batch["attention_mask"].sum(axis=1)
-    assert (
-        batch["attention_mask"] == (np.arange(batch["input_ids"].shape[1]) < lengths[:, None])
-    ).all()
-    assert (batch["input_ids"][batch["attention_mask"] == 0] == PAD).all()
-    return [row[:length].tolist() for row, length in zip(batch["input_ids"], lengths, strict=True)]
+    """What the encoder sees, without the padding. Check the padding and the attention mask."""
+    input_ids = batch["input_ids"]
+    attention_mask = batch["attention_mask"]
+    lengths = attention_mask.sum(axis=1)
+    assert (attention_mask == (np.arange(input_ids.shape[1]) < lengths[:, None])).all()
+    assert (input_ids[attention_mask == 0] == PAD).all()
+    return [row[:length].tolist() for row, length in zip(input_ids, lengths, strict=True)]
 
 
 def groups(row, shown) -> list[tuple[int, int]]:
-    """For each stretch between tokens of `row` that are shown, how many tokens are hidden there and how many mask
-    tokens stand for them. Only where sentences stay in place."""
+    """Hidden tokens and mask tokens in each gap between two tokens of `row` that are shown.
+
+    Each item is (number of hidden tokens, number of mask tokens that stand for them). Sentences
+    have to be in their original order.
+    """
     places = {token: position for position, token in enumerate(row) if token not in (BOS, EOS, PAD)}
-    found, last, masks = [], -1, 0
+    found = []
+    last = -1
+    num_masks = 0
     for token in [*shown, None]:
         if token == MASK:
-            masks += 1
+            num_masks += 1
         elif token not in (BOS, EOS):
-            position = places[token] if token is not None else len(row)
+            position = len(row) if token is None else places[token]
             assert position > last
-            found.append((sum(x not in (BOS, EOS, PAD) for x in row[last + 1 : position]), masks))
-            last, masks = position, 0
+            hidden = [x for x in row[last + 1 : position] if x not in (BOS, EOS, PAD)]
+            found.append((len(hidden), num_masks))
+            last = position
+            num_masks = 0
     return found
 
 
@@ -178,31 +243,79 @@ def assert_chi_squared(statistic: float, k: int):
 
 
 def assert_distribution(counts, chances):
-    """Pearson's chi-squared of `counts`, those with fewer than 20 expected in one."""
-    counts, expected = np.array(counts), np.array(chances) * sum(counts)
+    """Pearson's chi-squared test of `counts`.
+
+    Outcomes with fewer than 20 expected occurrences are counted as one.
+    """
+    counts = np.array(counts)
+    expected = np.array(chances) * sum(counts)
     rare = expected < 20
     pairs = [
         *zip(counts[~rare], expected[~rare], strict=True),
         (counts[rare].sum(), expected[rare].sum()),
     ]
     pairs = [(count, mean) for count, mean in pairs if mean > 5]
-    assert_chi_squared(sum((count - mean) ** 2 / mean for count, mean in pairs), len(pairs) - 1)
+    statistic = sum((count - mean) ** 2 / mean for count, mean in pairs)
+    assert_chi_squared(statistic, len(pairs) - 1)
 
 
-def assert_same_distribution(a: Counter, b: Counter):
-    """The chi-squared test of homogeneity, rare outcomes as one."""
-    if len(a | b) == 1:
+def assert_same_distribution(first: Counter, second: Counter):
+    """The chi-squared test of homogeneity. Rare outcomes are counted as one."""
+    if len(first | second) == 1:
         return
-    common = [outcome for outcome in a.keys() | b.keys() if a[outcome] + b[outcome] >= 40]
-    table = np.array([[counts[outcome] for outcome in common] for counts in (a, b)], float)
-    rest = [a.total() - table[0].sum(), b.total() - table[1].sum()]
-    table = np.column_stack([table, rest]) if sum(rest) >= 40 else table
+    outcomes = first.keys() | second.keys()
+    common = [outcome for outcome in outcomes if first[outcome] + second[outcome] >= 40]
+    table = np.array([[counts[outcome] for outcome in common] for counts in (first, second)], float)
+    rest = [first.total() - table[0].sum(), second.total() - table[1].sum()]
+    if sum(rest) >= 40:
+        table = np.column_stack([table, rest])
     expected = table.sum(axis=1, keepdims=True) * table.sum(axis=0) / table.sum()
     assert table.shape[1] > 2
-    assert_chi_squared(((table - expected) ** 2 / expected).sum(), table.shape[1] - 1)
+    statistic = ((table - expected) ** 2 / expected).sum()
+    assert_chi_squared(statistic, table.shape[1] - 1)
 
 
-# --------------------------------------------------------------------------------------------------- every length
+# ------------------------------------------------------------------------------------- every length
+
+
+def make_any_rows(rng: random.Random, length: int):
+    """Nine rows of random sentences and documents, some with padding, one with an unknown word."""
+    seed = rng.randrange(10**6)
+    sentence = rng.choice([1, 3, 20])
+    document = rng.choice([2, 10, 1000])
+    examples = make_rows(9, length, seed, sentence, document)
+    examples["input_ids"][:3, rng.randrange(length) + 1 :] = PAD
+    examples["input_ids"][3, rng.randrange(length)] = UNK
+    return examples
+
+
+def check_row(row: list[int], starts_sentence, shown: list[int], probability: float):
+    """Check what the encoder sees of one row."""
+    special = special_tokens(row)
+    assert special_tokens(shown) == special
+    ordinary = [token for token in row if token not in (BOS, EOS, PAD)]
+    kept = [token for token in shown if token not in (BOS, EOS, MASK)]
+    num_masked = round(probability * len(ordinary))
+    assert len(kept) == len(ordinary) - num_masked
+    assert not Counter(kept) - Counter(ordinary)
+    # No token is pushed out of the row.
+    assert len(kept) + len(special) + shown.count(MASK) == len(shown) <= len(row)
+
+    # Each document shows its own tokens only, and a mask token if any of them is hidden.
+    seen = [[]]
+    for token in shown:
+        if token in (BOS, EOS):
+            seen.append([])
+        else:
+            seen[-1].append(token)
+    seen = [tokens for tokens in seen if tokens]
+    texts = []
+    for document in documents(row, starts_sentence):
+        texts.append([row[position] for sentence in document for position in sentence])
+    assert len(seen) == len(texts)
+    for tokens, text in zip(seen, texts, strict=True):
+        assert set(tokens) <= {*text, MASK}
+        assert MASK in tokens or len(tokens) == len(text)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -210,155 +323,164 @@ def test_properties_at_every_length(tokenizer, seed):
     rng = random.Random(seed)
     for _ in range(25):
         length = rng.choice([1, 2, 3, 5, 8, 17, 64, 200])
-        probability, ratio = rng.choice([0.001, 0.1, 0.3, 0.5, 0.99]), rng.choice([0.0, 0.3, 1.0])
+        probability = rng.choice([0.001, 0.1, 0.3, 0.5, 0.99])
+        ratio = rng.choice([0.0, 0.3, 1.0])
         poisson_lambda = rng.choice([1e-9, 0.05, 1.0, 3.0, 50.0, 1e6])
-        examples = make_rows(
-            9, length, rng.randrange(10**6), rng.choice([1, 3, 20]), rng.choice([2, 10, 1000])
-        )
-        examples["input_ids"][:3, rng.randrange(length) + 1 :] = PAD
-        examples["input_ids"][3, rng.randrange(length)] = UNK
+        examples = make_any_rows(rng, length)
         original = {name: array.copy() for name, array in examples.items()}
-        collator = bart.FlaxDataCollatorForBartDenoisingLM(
-            tokenizer, rng.choice([length, length + 10]), START, probability, ratio, poisson_lambda
-        )
+        max_length = rng.choice([length, length + 10])
+        collator = make_collator(tokenizer, max_length, probability, ratio, poisson_lambda)
         batch = collator(examples, generator(seed))
         assert set(batch) == {"input_ids", "attention_mask", "decoder_input_ids", "labels"}
-        assert all(
-            array.shape == (9, length) and array.dtype == np.int32 for array in batch.values()
-        )
-        assert all((examples[name] == original[name]).all() for name in original)
+        for array in batch.values():
+            assert array.shape == (9, length)
+            assert array.dtype == np.int32
+        for name, array in original.items():
+            assert (examples[name] == array).all()
         for i, shown in enumerate(shown_rows(batch)):
-            row, starts_sentence = original["input_ids"][i].tolist(), original["starts_sentence"][i]
+            row = original["input_ids"][i].tolist()
             assert batch["labels"][i].tolist() == [-100 if token == PAD else token for token in row]
             assert batch["decoder_input_ids"][i].tolist() == [START, *row[:-1]]
-            special = [token for token in row if token in (BOS, EOS)]
-            assert [token for token in shown if token in (BOS, EOS)] == special
-            ordinary = [token for token in row if token not in (BOS, EOS, PAD)]
-            kept = [token for token in shown if token not in (BOS, EOS, MASK)]
-            num_masked = round(probability * len(ordinary))
-            assert len(kept) == len(ordinary) - num_masked
-            assert not Counter(kept) - Counter(ordinary)
-            assert (
-                len(kept) + len(special) + shown.count(MASK) == len(shown) <= length
-            )  # nothing is pushed out
-            # In each document something stands for what is hidden, and all that is seen is its own.
-            seen = [[]]
-            for token in shown:
-                seen.append([]) if token in (BOS, EOS) else seen[-1].append(token)
-            seen = [tokens for tokens in seen if tokens]
-            texts = [
-                [row[i] for sentence in document for i in sentence]
-                for document in documents(row, starts_sentence)
-            ]
-            assert len(seen) == len(texts)
-            for tokens, text in zip(seen, texts, strict=True):
-                assert set(tokens) <= {*text, MASK}
-                assert MASK in tokens or len(tokens) == len(text)
+            check_row(row, original["starts_sentence"][i], shown, probability)
 
 
 def test_noise_is_a_function_of_the_generator_and_of_no_layout(tokenizer):
-    """Row r starts at draw r * draws_per_row: processes and batches that hold a part of the rows noise them alike."""
+    """Row r starts at draw r * draws_per_row, so a part of the rows gets the same noise alone."""
     examples = make_rows(48, 96)
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, 96, START)
-    whole, again, other = (collator(examples, generator(seed)) for seed in (3, 3, 4))
+    collator = make_collator(tokenizer, 96)
+    whole = collator(examples, generator(3))
+    again = collator(examples, generator(3))
+    other = collator(examples, generator(4))
     assert all((whole[name] == again[name]).all() for name in whole)
     assert (whole["input_ids"] != other["input_ids"]).any(axis=1).all()
     for start in range(0, 48, 16):
         part = {name: array[start : start + 16] for name, array in examples.items()}
         noised = collator(part, generator(3, start * collator.draws_per_row))
-        assert all((noised[name] == whole[name][start : start + 16]).all() for name in whole)
+        for name, array in whole.items():
+            assert (noised[name] == array[start : start + 16]).all()
 
 
-# --------------------------------------------------------------------------------------------------- permutation
+# -------------------------------------------------------------------------------------- permutation
+
+
+def shown_order(sentences, row, shown) -> tuple[int, ...]:
+    """The numbers of a document's sentences in the order in which they are shown."""
+    numbers = {row[sentence[0]]: number for number, sentence in enumerate(sentences)}
+    place = sentences[0][0]
+    end = sentences[-1][-1]
+    order = []
+    while place <= end:
+        # A KeyError means that no sentence of this document starts here.
+        number = numbers[shown[place]]
+        sentence = sentences[number]
+        assert shown[place : place + len(sentence)] == row[sentence].tolist()
+        place += len(sentence)
+        order.append(number)
+    return tuple(order)
 
 
 def permuted_documents(tokenizer, examples, ratio: float):
-    """(sentences of a document, the order in which they are shown), for each; nothing is masked."""
+    """Yield the sentences of each document and the order in which they are shown, unmasked."""
     length = examples["input_ids"].shape[1]
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, length, START, 1e-9, ratio)
+    collator = make_collator(tokenizer, length, 1e-9, ratio)
     batch = collator(examples, generator(1))
     for row, starts_sentence, shown in zip(*examples.values(), shown_rows(batch), strict=True):
         special = np.isin(row, (BOS, EOS))
         assert (np.array(shown)[special] == row[special]).all()
         for sentences in documents(row.tolist(), starts_sentence):
-            names = {row[sentence[0]]: number for number, sentence in enumerate(sentences)}
-            place, order = sentences[0][0], []
-            while place <= sentences[-1][-1]:
-                number = names[shown[place]]  # KeyError where no sentence of this document starts
-                sentence = sentences[number]
-                assert shown[place : place + len(sentence)] == row[sentence].tolist()
-                place += len(sentence)
-                order.append(number)
-            yield sentences, tuple(order)
+            yield sentences, shown_order(sentences, row, shown)
+
+
+def count_moved(order) -> int:
+    return sum(number != place for place, number in enumerate(order))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.5, 0.75, 1.0])
 def test_only_whole_sentences_of_a_document_change_places(tokenizer, ratio):
-    moved = 0
+    num_moved = 0
     for sentences, order in permuted_documents(tokenizer, make_rows(200, 128, seed=2), ratio):
         assert sorted(order) == list(range(len(sentences)))
-        elsewhere = sum(number != place for place, number in enumerate(order))
+        elsewhere = count_moved(order)
         assert elsewhere <= math.ceil(ratio * len(sentences))
-        moved += elsewhere
-    assert (moved > 100) == (ratio >= 0.5)
+        num_moved += elsewhere
+    assert (num_moved > 100) == (ratio >= 0.5)
 
 
 def test_how_many_sentences_move_is_not_off_by_a_rounding_error(tokenizer):
     assert 0.55 * 100 > 55
     examples = one_document(50, 100)
     examples["starts_sentence"][:] = True
-    moved = [
-        np.sum(np.array(order) != np.arange(100))
-        for _, order in permuted_documents(tokenizer, examples, 0.55)
-    ]
-    assert max(moved) == 55
+    orders = [order for _, order in permuted_documents(tokenizer, examples, 0.55)]
+    assert all(len(order) == 100 for order in orders)
+    assert max(map(count_moved, orders)) == 55
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_permutations_are_uniform(tokenizer, ratio):
-    """Of four sentences of three tokens; a half of them is two, which change places or do not."""
+    """Four sentences of three tokens. With a ratio of a half, two of them are swapped or not."""
     examples = one_document(6000, 12)
     examples["starts_sentence"][:] = np.arange(12) % 3 == 0
     orders = Counter(order for _, order in permuted_documents(tokenizer, examples, ratio))
     chances = dict.fromkeys(permutations(range(4)), 1 / 24)
     if ratio == 0.5:
-        moved = {
-            order: sum(number != place for place, number in enumerate(order)) for order in chances
-        }
-        chances = {order: {0: 1 / 2, 2: 1 / 12}.get(moved[order], 0) for order in chances}
-    assert set(orders) == {order for order in chances if chances[order]}
-    assert_distribution(
-        [orders[order] for order in chances if chances[order]], [x for x in chances.values() if x]
-    )
+        chance_of_moved = {0: 1 / 2, 2: 1 / 12}
+        chances = {order: chance_of_moved.get(count_moved(order), 0) for order in chances}
+        chances = {order: chance for order, chance in chances.items() if chance}
+    assert set(orders) == set(chances)
+    assert_distribution([orders[order] for order in chances], list(chances.values()))
 
 
-# ----------------------------------------------------------------------------------------------------- infilling
+# ---------------------------------------------------------------------------------------- infilling
 
 
 @pytest.mark.parametrize("poisson_lambda", [0.3, 1.0, 3.0, 20.0])
 def test_span_lengths_are_poisson(tokenizer, poisson_lambda):
-    """Lengths are drawn from two tables of 65,536 entries, each as likely as another: those other than 0, and how many
-    of length 0 come before one of those, which is geometric. Each chance is right to the rounding, half an entry."""
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(
-        tokenizer, 100, START, 0.3, 1.0, poisson_lambda
-    )
+    """The two tables that lengths are drawn from are right to the rounding, half an entry.
+
+    One table has the lengths other than 0. The other one has how many spans of length 0 come
+    before one of those, which is geometric. The 65,536 entries of a table are equally likely.
+    """
+    collator = make_collator(tokenizer, 100, 0.3, 1.0, poisson_lambda)
     zero = math.exp(-poisson_lambda)
-    chances = [
-        math.exp(k * math.log(poisson_lambda) - poisson_lambda - math.lgamma(k + 1))
-        for k in range(1, 80)
+    log_chances = [
+        k * math.log(poisson_lambda) - poisson_lambda - math.lgamma(k + 1) for k in range(1, 80)
     ]
+    chances_of_lengths = np.array([math.exp(x) for x in log_chances]) / (1 - zero)
+    chances_of_zeros = (1 - zero) * zero ** np.arange(80.0)
     for table, first, expected in (
-        (collator.lengths, 1, np.array(chances) / (1 - zero)),
-        (collator.zeros, 0, (1 - zero) * zero ** np.arange(80.0)),
+        (collator.span_lengths, 1, chances_of_lengths),
+        (collator.num_empty_spans, 0, chances_of_zeros),
     ):
         counts = np.bincount(table)[first : first + len(expected)]
         assert len(table) == 65536
         np.testing.assert_allclose(counts, 65536 * expected[: len(counts)], atol=1.01)
         assert counts.sum() == pytest.approx(65536 * expected.sum(), abs=1)
+
     # Both together are all draws of a Poisson distribution, one in exp(lambda) of length 0.
-    num_zeros, num_others, mean = collator.zeros.mean(), 1, collator.lengths.mean()
-    assert num_zeros / (num_zeros + num_others) == pytest.approx(zero, abs=1e-4)
-    assert mean / (num_zeros + num_others) == pytest.approx(poisson_lambda, rel=1e-3)
+    zeros_per_span = collator.num_empty_spans.mean()
+    mean_length = collator.span_lengths.mean()
+    assert zeros_per_span / (zeros_per_span + 1) == pytest.approx(zero, abs=1e-4)
+    assert mean_length / (zeros_per_span + 1) == pytest.approx(poisson_lambda, rel=1e-3)
+
+
+def infilling_statistics(rows, all_shown) -> tuple[Counter, Counter, Counter]:
+    """Count gaps by hidden tokens and masks, lengths of rows, and mask tokens in each tenth."""
+    gaps = Counter()
+    lengths = Counter()
+    places = Counter()
+    num_inserted = 0
+    for row, shown in zip(rows, all_shown, strict=True):
+        for num_hidden, num_masks in groups(row, shown):
+            gaps[num_hidden, num_masks] += 1
+            if not num_hidden:
+                num_inserted += num_masks
+            assert num_masks >= (num_hidden > 0)
+        lengths[len(shown)] += 1
+        masks = [place for place, token in enumerate(shown) if token == MASK]
+        places.update(10 * place // len(shown) for place in masks)
+        assert special_tokens(shown) == special_tokens(row)
+    assert num_inserted > 50
+    return gaps, lengths, places
 
 
 @pytest.mark.parametrize(
@@ -367,95 +489,89 @@ def test_span_lengths_are_poisson(tokenizer, poisson_lambda):
     ids=["as the paper", "short documents", "short spans", "more zeros than room"],
 )
 def test_infilling_is_that_of_the_slow_reference(tokenizer, probability, poisson_lambda, document):
-    """Distributions of what is seen: tokens hidden and masks between neighbours, the length, the places of masks."""
-    rows, length = 1500, 60
-    examples = make_rows(rows, length, seed=6, document=document)
+    """The distributions of gaps, of lengths and of the places of mask tokens are the same."""
+    length = 60
+    examples = make_rows(1500, length, seed=6, document=document)
     arguments = (probability, 0.0, poisson_lambda)
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, length, START, *arguments)
-    rng, found = random.Random(7), []
+    collator = make_collator(tokenizer, length, *arguments)
     fast = shown_rows(collator(examples, generator(8)))
-    plain = zip(*(array.tolist() for array in examples.values()), strict=True)
-    slow = [denoise_row(*row, rng, *arguments) for row in plain]
-    for all_shown in (fast, slow):
-        stretches, lengths, places, inserted = Counter(), Counter(), Counter(), 0
-        for row, shown in zip(examples["input_ids"].tolist(), all_shown, strict=True):
-            for hidden, masks in groups(row, shown):
-                stretches[hidden, masks] += 1
-                inserted += masks if not hidden else 0
-                assert masks >= (hidden > 0)
-            lengths[len(shown)] += 1
-            places.update(
-                10 * place // len(shown) for place, token in enumerate(shown) if token == MASK
-            )
-            special = [token for token in row if token in (BOS, EOS)]
-            assert [token for token in shown if token in (BOS, EOS)] == special
-        assert inserted > 50
-        found.append((stretches, lengths, places))
-    for a, b in zip(*found, strict=True):
-        assert_same_distribution(a, b)
+    rng = random.Random(7)
+    rows = examples["input_ids"].tolist()
+    slow = [
+        denoise_row(row, starts_sentence, rng, *arguments)
+        for row, starts_sentence in zip(rows, examples["starts_sentence"].tolist(), strict=True)
+    ]
+    fast_statistics = infilling_statistics(rows, fast)
+    slow_statistics = infilling_statistics(rows, slow)
+    for first, second in zip(fast_statistics, slow_statistics, strict=True):
+        assert_same_distribution(first, second)
 
 
 def test_one_mask_token_stands_for_a_span(tokenizer):
-    """The mean over all spans: lambda of tokens hidden for each mask token, those of no token counted."""
+    """On average lambda tokens are hidden for each mask token, spans of length 0 included."""
     examples = one_document(400, 1024)
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(
-        tokenizer, 1024, START, permute_sentence_ratio=0.0
-    )
+    collator = make_collator(tokenizer, 1024, permute_sentence_ratio=0.0)
     shown = shown_rows(collator(examples, generator(9)))
-    masks = sum(row.count(MASK) for row in shown)
-    hidden = 400 * round(0.3 * 1024)
-    assert sum(map(len, shown)) == 400 * 1024 - hidden + masks
-    assert hidden / masks == pytest.approx(
-        3.0, rel=0.02
-    )  # the last of about 100 spans of a row is cut
-    stretches = [
-        found
-        for row, x in zip(examples["input_ids"], shown, strict=True)
-        for found in groups(row, x)
-    ]
-    assert sum(found[1] == 1 for found in stretches) > 0.6 * masks  # most stand by themselves
+    num_masks = sum(row.count(MASK) for row in shown)
+    num_hidden = 400 * round(0.3 * 1024)
+    assert sum(map(len, shown)) == 400 * 1024 - num_hidden + num_masks
+    # The last of about 100 spans of a row is cut, so the mean is a little smaller than lambda.
+    assert num_hidden / num_masks == pytest.approx(3.0, rel=0.02)
+    num_single = 0
+    for row, shown_row in zip(examples["input_ids"], shown, strict=True):
+        num_single += sum(masks == 1 for _, masks in groups(row, shown_row))
+    # Most mask tokens have no other one beside them.
+    assert num_single > 0.6 * num_masks
 
 
-def test_masks_are_everywhere_alike(tokenizer):
-    """Each tenth of the tokens is hidden as often as another; less at the ends, where no span comes from outside."""
-    rows, length = 30_000, 100
-    examples = {"input_ids": np.tile(np.arange(5, 5 + length, dtype=np.int32), (rows, 1))}
-    examples["starts_sentence"] = np.zeros((rows, length), bool)
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, length, START, 0.3, 0.0)
-    hidden = rows - np.bincount(collator(examples, generator(11))["input_ids"].ravel())[5:]
+def test_tokens_are_hidden_equally_often_everywhere(tokenizer):
+    """Each tenth of a row is hidden equally often.
+
+    The ends are hidden less often, since no span reaches into them from outside.
+    """
+    rows = 30_000
+    length = 100
+    examples = {
+        "input_ids": np.tile(np.arange(5, 5 + length, dtype=np.int32), (rows, 1)),
+        "starts_sentence": np.zeros((rows, length), bool),
+    }
+    collator = make_collator(tokenizer, length, 0.3, 0.0)
+    input_ids = collator(examples, generator(11))["input_ids"]
+    hidden = rows - np.bincount(input_ids.ravel())[5:]
     assert hidden.sum() == rows * 30
     hidden = hidden.reshape(10, 10).sum(axis=1)
-    np.testing.assert_allclose(
-        hidden[1:-1], hidden[1:-1].mean(), rtol=0.022
-    )  # the standard deviation: 0.0042
+    # The standard deviation is 0.0042.
+    np.testing.assert_allclose(hidden[1:-1], hidden[1:-1].mean(), rtol=0.022)
     np.testing.assert_allclose(hidden, rows * 3, rtol=0.1)
 
 
 def test_pieces_of_documents_and_unknown_words(tokenizer):
-    """A row that starts and ends within documents; the unknown word is a word, a mask token in the text as well."""
+    """A row may start and end within documents, and unknown words and mask tokens are words."""
     row = [10, 11, UNK, 13, EOS, BOS, 16, MASK, 18, 19]
     examples = {
         "input_ids": np.array([row] * 500, np.int32),
         "starts_sentence": np.zeros((500, 10), bool),
     }
     examples["starts_sentence"][:, [2, 8]] = True
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, 10, START, 1e-9)
+    collator = make_collator(tokenizer, 10, 1e-9)
     orders = {tuple(shown) for shown in shown_rows(collator(examples, generator()))}
-    first, second = ([10, 11, UNK, 13], [UNK, 13, 10, 11]), ([16, MASK, 18, 19], [18, 19, 16, MASK])
+    first = ([10, 11, UNK, 13], [UNK, 13, 10, 11])
+    second = ([16, MASK, 18, 19], [18, 19, 16, MASK])
     assert orders == {(*a, EOS, BOS, *b) for a in first for b in second}
 
 
-# ---------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 TEXT = (
-    '  The cat sat on the mat. Dr. Smith did not see it!  "Was it there?" she asked.\n\nNobody knew; the naïve dog '
-    "slept… Then 3.5 mice came. The end"
+    '  The cat sat on the mat. Dr. Smith did not see it!  "Was it there?" she asked.\n\nNobody '
+    "knew; the naïve dog slept… Then 3.5 mice came. The end"
 )
 
 
 def split(text: str) -> list[str]:
-    """The sentences that sentencex finds, white space at the front."""
-    sentences, rest = [], text.rstrip()
+    """The sentences that sentencex finds, each with the white space before it."""
+    rest = text.rstrip()
+    sentences = []
     for sentence in sentencex.segment("en", text.rstrip()):
         if sentence.strip():
             end = rest.index(sentence.strip()) + len(sentence.strip())
@@ -472,12 +588,20 @@ def test_sentences_are_marked_and_tokens_stay_as_they_are(roberta_dir):
     assert bart.mark_sentences(TEXT, "en", "|") == "|".join(sentences)
     texts = [TEXT, None, "", "  \n", "One sentence", "Two. Sentences."]
     encoded = bart.encode({"text": texts}, tokenizer, "en")
-    texts = [TEXT, "One sentence", "Two. Sentences."]
-    for text, ids in zip(texts, encoded["input_ids"], strict=True):
-        ids, is_mark = np.array(ids), np.array(ids) == tokenizer.pad_token_id
+    not_blank = [TEXT, "One sentence", "Two. Sentences."]
+    for text, ids in zip(not_blank, encoded["input_ids"], strict=True):
+        ids = np.array(ids)
+        is_mark = ids == tokenizer.pad_token_id
         assert ids[~is_mark].tolist() == tokenizer(text.rstrip())["input_ids"]
         parts = np.split(ids, np.flatnonzero(is_mark))
         assert [tokenizer.decode(part, skip_special_tokens=True) for part in parts] == split(text)
+
+
+def set_template(tokenizer, single: str, special_tokens=()):
+    """Set which special tokens the tokenizer adds to a text."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=list(special_tokens)
+    )
 
 
 def test_special_tokens_where_the_tokenizer_adds_none(tmp_path):
@@ -485,22 +609,19 @@ def test_special_tokens_where_the_tokenizer_adds_none(tmp_path):
     batch = {"text": ["w1 w2 w3", "w4"]}
     expected = [tokenizer(text)["input_ids"] for text in batch["text"]]
     assert bart.encode(batch, tokenizer, "en")["input_ids"] == expected
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A", special_tokens=[]
-    )
+    set_template(tokenizer, "$A")
     assert BOS not in tokenizer("w1")["input_ids"]
     assert bart.encode(batch, tokenizer, "en")["input_ids"] == expected
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s> w5", special_tokens=[("</s>", EOS), ("w5", 10)]
-    )  # as mBART's, which ends a text with its language
-    assert [ids[-2:] for ids in bart.encode(batch, tokenizer, "en")["input_ids"]] == 2 * [[EOS, 10]]
+
+    # A text may end with another token after eos, as mBART's ends with its language.
+    set_template(tokenizer, "$A </s> w5", [("</s>", EOS), ("w5", 10)])
+    encoded = bart.encode(batch, tokenizer, "en")["input_ids"]
+    assert [ids[-2:] for ids in encoded] == 2 * [[EOS, 10]]
+
     without_bos = word_tokenizer(tmp_path / "without", without=("bos",))
-    without_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A", special_tokens=[]
-    )
-    assert [
-        [ids[0], ids[-1]] for ids in bart.encode(batch, without_bos, "en")["input_ids"]
-    ] == 2 * [[EOS, EOS]]
+    set_template(without_bos, "$A")
+    encoded = bart.encode(batch, without_bos, "en")["input_ids"]
+    assert [[ids[0], ids[-1]] for ids in encoded] == 2 * [[EOS, EOS]]
 
 
 def parse(directory, *flags):
@@ -514,32 +635,26 @@ def parse(directory, *flags):
 
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory, roberta_dir):
-    """50 blocks of 16 tokens, out of documents of several sentences, and these tokens one after the other."""
-    tokenizer, directory = (
-        AutoTokenizer.from_pretrained(roberta_dir),
-        tmp_path_factory.mktemp("data"),
-    )
+    """50 blocks of 16 tokens, all tokens of their documents end to end, and the tokenizer.
+
+    Each document has several sentences.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(roberta_dir)
+    train_file = tmp_path_factory.mktemp("data") / "train.txt"
     texts = [f"Here is text {i}. It has one. " + i % 4 * "And there is more! " for i in range(60)]
-    (directory / "train.txt").write_text("".join(text + "\n" for text in texts))
-    args = parse(
-        roberta_dir,
-        f"--train_file={directory / 'train.txt'}",
-        "--do_train",
-        "--validation_split_percentage=0",
-    )
+    train_file.write_text("".join(text + "\n" for text in texts))
+    flags = [f"--train_file={train_file}", "--do_train", "--validation_split_percentage=0"]
+    args = parse(roberta_dir, *flags)
     train, _ = bart.load_texts(args)
     found = bart.tokenize(train, tokenizer, 16, args, 50, "tested")
     assert len(found.ends) == 50
-    return (
-        found,
-        np.array([token for text in texts for token in tokenizer(text.rstrip())["input_ids"]]),
-        tokenizer,
-    )
+    tokens = [token for text in texts for token in tokenizer(text.rstrip())["input_ids"]]
+    return found, np.array(tokens), tokenizer
 
 
 def test_blocks_are_all_documents_end_to_end(sequences):
     found, tokens, tokenizer = sequences
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, 16, START)
+    collator = make_collator(tokenizer, 16)
     batches = list(bart.eval_batches(found, collator, 42, 2))
     labels = np.concatenate([batch["labels"].reshape(-1, 16) for batch in batches])
     assert len(batches) == 4
@@ -549,38 +664,55 @@ def test_blocks_are_all_documents_end_to_end(sequences):
     assert found.starts_sentence[:100].sum() > 5
 
 
+def flatten_batches(batches) -> list[dict]:
+    """Give each array of each batch the shape [rows, 16]."""
+    flat = []
+    for batch in batches:
+        flat.append({name: array.reshape(-1, 16) for name, array in batch.items()})
+    return flat
+
+
 def test_layouts_share_their_rows_and_noise(monkeypatch, sequences):
     found, _, tokenizer = sequences
-    collator = bart.FlaxDataCollatorForBartDenoisingLM(tokenizer, 16, START)
-    flat = lambda batch: {name: array.reshape(-1, 16) for name, array in batch.items()}  # noqa: E731
-    eight = [flat(batch) for batch in bart.train_batches(found, collator, 0, range(4), (1, 4))]
-    folded = [flat(batch) for batch in bart.train_batches(found, collator, 0, range(4), (2, 2))]
-    evaluated = [flat(batch) for batch in bart.eval_batches(found, collator, 0, 1)]
-    rest = flat(next(bart.train_batches(found, collator, 0, range(3, 4), (1, 4))))
+    collator = make_collator(tokenizer, 16)
+
+    def training(steps: range, shape: tuple[int, int]):
+        return flatten_batches(bart.train_batches(found, collator, 0, steps, shape))
+
+    def evaluation():
+        return flatten_batches(bart.eval_batches(found, collator, 0, 1))
+
+    eight_devices = training(range(4), (1, 4))
+    accumulated = training(range(4), (2, 2))
+    last_step = training(range(3, 4), (1, 4))[0]
+    eval_eight_devices = evaluation()
     for name in ("device_count", "local_device_count"):
         monkeypatch.setattr(bart.jax, name, lambda: 1)
-    one = [flat(batch) for batch in bart.train_batches(found, collator, 0, range(4), (1, 32))]
-    alone = [flat(batch) for batch in bart.eval_batches(found, collator, 0, 1)]
+    one_device = training(range(4), (1, 32))
+    eval_one_device = evaluation()
+
     for name in ("input_ids", "attention_mask", "decoder_input_ids", "labels"):
-        assert all((a[name] == b[name]).all() for a, b in zip(eight, folded, strict=True))
-        assert all((a[name] == b[name]).all() for a, b in zip(eight, one, strict=True))
-        assert (rest[name] == eight[3][name]).all()
-        several, single = (
-            np.concatenate([batch[name] for batch in x])[:50] for x in (evaluated, alone)
-        )
-        assert (several == single).all()
-    assert (eight[0]["input_ids"] != eight[1]["input_ids"]).any()
+        for batch, other in zip(eight_devices, accumulated, strict=True):
+            assert (batch[name] == other[name]).all()
+        for batch, other in zip(eight_devices, one_device, strict=True):
+            assert (batch[name] == other[name]).all()
+        assert (last_step[name] == eight_devices[3][name]).all()
+        # The rows behind the 50 sequences fill up the last batch.
+        rows = np.concatenate([batch[name] for batch in eval_eight_devices])[:50]
+        other_rows = np.concatenate([batch[name] for batch in eval_one_device])[:50]
+        assert (rows == other_rows).all()
+    assert (eight_devices[0]["input_ids"] != eight_devices[1]["input_ids"]).any()
 
 
 @pytest.mark.parametrize("missing", ["mask", "pad", "eos"])
-def test_a_tokenizer_without_a_token_that_is_needed(tmp_path, missing):
+def test_a_tokenizer_without_a_required_token_is_refused(tmp_path, missing):
     word_tokenizer(tmp_path, without=(missing,))
     BartConfig(vocab_size=100).save_pretrained(tmp_path)
     with pytest.raises(bart.InputError, match=rf"{tmp_path}: .*\b{missing} token"):
         bart.load_config_and_tokenizer(parse(tmp_path))
 
 
-def test_a_tokenizer_whose_pad_token_is_eos(tmp_path):
+def test_a_tokenizer_whose_pad_token_is_eos_is_refused(tmp_path):
     tokenizer = word_tokenizer(tmp_path)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
@@ -592,16 +724,14 @@ def test_a_tokenizer_whose_pad_token_is_eos(tmp_path):
 def test_which_token_the_decoder_starts_from(tmp_path):
     word_tokenizer(tmp_path)
     BartConfig(vocab_size=100, decoder_start_token_id=START).save_pretrained(tmp_path)
-    assert bart.load_config_and_tokenizer(parse(tmp_path))[0].decoder_start_token_id == START
-    MBartConfig(vocab_size=100).save_pretrained(
-        tmp_path
-    )  # which has none: the last token of a text
-    assert (
-        bart.load_config_and_tokenizer(parse(tmp_path, "--model_type=mbart"))[
-            0
-        ].decoder_start_token_id
-        == EOS
-    )
+    config = bart.load_config_and_tokenizer(parse(tmp_path))[0]
+    assert config.decoder_start_token_id == START
+
+    # mBART's config names none: the decoder starts from the last token of a text.
+    MBartConfig(vocab_size=100).save_pretrained(tmp_path)
+    config = bart.load_config_and_tokenizer(parse(tmp_path, "--model_type=mbart"))[0]
+    assert config.decoder_start_token_id == EOS
+
     BartConfig(vocab_size=100, decoder_start_token_id=100).save_pretrained(tmp_path)
     with pytest.raises(bart.InputError, match="decoder_start_token_id"):
         bart.load_config_and_tokenizer(parse(tmp_path))
@@ -609,7 +739,7 @@ def test_which_token_the_decoder_starts_from(tmp_path):
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 def test_layerdrop_is_refused(tmp_path, side):
-    """Flax's BART would draw the layers to drop once, while it is compiled, and fail if there was one."""
+    """Flax's BART would choose the layers to drop once, when it is compiled, and then fail."""
     word_tokenizer(tmp_path)
     BartConfig(vocab_size=100, **{f"{side}_layerdrop": 0.1}).save_pretrained(tmp_path)
     with pytest.raises(bart.InputError, match=rf"{tmp_path}: .*layerdrop"):
@@ -622,30 +752,48 @@ def test_reference_files_are_refused(tmp_path, split):
         parse(tmp_path, f"--{split}_ref_file=refs.txt")
 
 
-# ---------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
-VOCAB_SIZE, LENGTH, BATCH = 101, 30, 3  # a prime; 90 positions are not a multiple of the pieces
+# A prime that no other size has. The 90 positions of a batch are not a multiple of the pieces.
+VOCAB_SIZE = 101
+LENGTH = 30
+BATCH = 3
 SIZES = {
-    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 40, "dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1,
-}  # fmt: skip
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 37,
+    "decoder_ffn_dim": 37,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 40,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.1,
+}
 
 
 def make_model(family: str, **settings):
-    """A tiny model, and parameters that all matter: initialized ones have biases of zero and scales of one."""
+    """A tiny model, and parameters that all have an effect.
+
+    Initialized parameters would have biases of zero and scales of one.
+    """
     config = CONFIG_MAPPING[family](**{**SIZES, **settings})
     model = FlaxAutoModelForSeq2SeqLM.from_config(config, _do_init=False)
     rng = np.random.default_rng(0)
-    params = {
-        path: np.float32(path[-1] == "scale") + 0.1 * rng.standard_normal(x.shape, np.float32)
-        for path, x in flatten_dict(model.params_shape_tree).items()
-    }
+    params = {}
+    for path, x in flatten_dict(model.params_shape_tree).items():
+        mean = np.float32(path[-1] == "scale")
+        params[path] = mean + 0.1 * rng.standard_normal(x.shape, np.float32)
     return model, jax.tree.map(jnp.asarray, unflatten_dict(params))
 
 
 def compiled(function, *args):
-    """In half the time, for programs that run once; with the optimizations that change shapes."""
+    """Compile a function that runs once, in half the time.
+
+    The optimizations that change shapes stay on.
+    """
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(function).lower(*args).compile(options)
 
@@ -655,71 +803,110 @@ def make_batch():
     names = ("input_ids", "decoder_input_ids", "labels")
     batch = {name: rng.integers(0, VOCAB_SIZE, (BATCH, LENGTH), dtype=np.int32) for name in names}
     batch["attention_mask"] = (np.arange(LENGTH) < [[30], [21], [4]]).astype(np.int32)
-    batch["labels"][1, 20:], batch["labels"][2] = -100, -100
+    batch["labels"][1, 20:] = -100
+    batch["labels"][2] = -100
     return jax.tree.map(jnp.asarray, batch)
 
 
+def model_inputs(batch):
+    return {name: x for name, x in batch.items() if name != "labels"}
+
+
+def dropout_key():
+    return jax.random.key(0, impl="rbg")
+
+
 def full_loss(params, batch, model, **mode):
-    """Logits of all positions, log-softmax, and the labels' part of it."""
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
-    logits = model(**inputs, params=params, return_dict=True, **mode).logits.astype(jnp.float32)
-    predicted = batch["labels"] != -100
-    one_hot = jax.nn.one_hot(batch["labels"], VOCAB_SIZE)  # of zeros for -100
-    accuracy = (predicted & (logits.argmax(-1) == batch["labels"])).sum()
-    return -(jax.nn.log_softmax(logits) * one_hot).sum(), (predicted.sum(), accuracy)
+    """The loss from the logits of all positions: the sum of the labels' negative log-softmax.
+
+    Return it and (number of labels, number of right predictions).
+    """
+    outputs = model(**model_inputs(batch), params=params, return_dict=True, **mode)
+    logits = outputs.logits.astype(jnp.float32)
+    labels = batch["labels"]
+    predicted = labels != -100
+    # The one-hot vector of -100 is zero.
+    one_hot = jax.nn.one_hot(labels, VOCAB_SIZE)
+    num_right = (predicted & (logits.argmax(-1) == labels)).sum()
+    return -(jax.nn.log_softmax(logits) * one_hot).sum(), (predicted.sum(), num_right)
+
+
+def is_near_the_head(path) -> bool:
+    """Whether a parameter is in the head or in the layer norm before it."""
+    return "lm_head" in path or {"decoder", "final_layer_norm"} <= {*path}
 
 
 @cache
 def programs(tied: bool):
-    """Parameters, as a flat dictionary, and two compiled functions of some of them: losses and gradients in training
-    and losses in evaluation, those of the script and those of the full computation, which are of the same dropout as
-    the key is the same. If `tied` is false, of the head and what comes before it alone, as that compiles faster."""
+    """Parameters as a flat dictionary, and two compiled functions of them.
+
+    The first function is the script's loss, the second one the full computation. Both return
+    ((loss, sums in training), gradients, loss in evaluation). The key is the same, so they have
+    the same dropout. If `tied` is false, the parameters are only those near the head, since this
+    compiles faster.
+    """
     model, params = make_model("bart", tie_word_embeddings=tied, return_dict=tied)
-    batch, key, params = make_batch(), jax.random.key(0, impl="rbg"), flatten_dict(params)
-    last = lambda path: "lm_head" in path or {"decoder", "final_layer_norm"} <= {*path}  # noqa: E731
-    some = {path: x for path, x in params.items() if tied or last(path)}
+    batch = make_batch()
+    key = dropout_key()
+    all_params = flatten_dict(params)
+    chosen = {path: x for path, x in all_params.items() if tied or is_near_the_head(path)}
 
-    def both(function, evaluation, some):
-        whole = lambda some: unflatten_dict(params | some)  # noqa: E731
-        train = jax.value_and_grad(lambda some: function(whole(some)), has_aux=True)
-        return *train(some), evaluation(whole(some))
+    def run(train_loss, eval_loss, chosen):
+        def train_loss_of_chosen(chosen):
+            return train_loss(unflatten_dict(all_params | chosen))
 
-    def pieces(some):
-        train = lambda params: bart.loss_sums(params, batch, model, False, key)  # noqa: E731
-        return both(train, lambda params: bart.loss_sums(params, batch, model, False)[1], some)
+        loss_and_sums, grads = jax.value_and_grad(train_loss_of_chosen, has_aux=True)(chosen)
+        return loss_and_sums, grads, eval_loss(unflatten_dict(all_params | chosen))
 
-    def full(some):
-        train = lambda params: full_loss(params, batch, model, train=True, dropout_rng=key)  # noqa: E731
-        return both(train, lambda params: full_loss(params, batch, model), some)
+    def in_pieces(chosen):
+        def train_loss(params):
+            return bart.loss_sums(params, batch, model, False, key)
 
-    return some, compiled(pieces, some), compiled(full, some)
+        def eval_loss(params):
+            return bart.loss_sums(params, batch, model, False)[1]
+
+        return run(train_loss, eval_loss, chosen)
+
+    def full(chosen):
+        def train_loss(params):
+            return full_loss(params, batch, model, train=True, dropout_rng=key)
+
+        def eval_loss(params):
+            return full_loss(params, batch, model)
+
+        return run(train_loss, eval_loss, chosen)
+
+    return chosen, compiled(in_pieces, chosen), compiled(full, chosen)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_equal_the_full_computation(tied):
-    params, pieces, full = programs(tied)
-    (loss, sums), grads, eval_sums = pieces(params)
-    (expected, (predicted, _)), expected_grads, (expected_eval, (_, accuracy)) = full(params)
+    params, in_pieces, full = programs(tied)
+    (loss, sums), grads, eval_sums = in_pieces(params)
+    (expected, (predicted, _)), expected_grads, (expected_eval, (_, num_right)) = full(params)
     assert set(sums) == {"loss", "predicted"}
     assert loss == sums["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert sums["predicted"] == predicted == 50
     assert_equal_gradients(grads, expected_grads)
-    assert expected != expected_eval  # by dropout
+    # Dropout makes the difference.
+    assert expected != expected_eval
     assert eval_sums["loss"] == pytest.approx(float(expected_eval), rel=1e-5)
-    assert (eval_sums["predicted"], eval_sums["accuracy"]) == (predicted, accuracy)
+    assert (eval_sums["predicted"], eval_sums["accuracy"]) == (predicted, num_right)
     assert all(x.dtype == jnp.float32 for x in (*sums.values(), *eval_sums.values()))
 
 
 def test_loss_of_mbart_equals_the_full_computation():
-    """It normalizes the hidden states once more, after the last layer."""
+    """The encoder and decoder of mBART have a layer norm after the last layer."""
     model, params = make_model("mbart")
     batch = make_batch()
-    both = compiled(
-        lambda x: (bart.loss_sums(x, batch, model, False)[1], full_loss(x, batch, model)), params
-    )
-    sums, (expected, (predicted, accuracy)) = both(params)
+
+    def both(params):
+        _, sums = bart.loss_sums(params, batch, model, False)
+        return sums, full_loss(params, batch, model)
+
+    sums, (expected, (predicted, num_right)) = compiled(both, params)(params)
     assert sums["loss"] == pytest.approx(float(expected), rel=1e-5)
-    assert (sums["predicted"], sums["accuracy"]) == (predicted, accuracy)
+    assert (sums["predicted"], sums["accuracy"]) == (predicted, num_right)
 
 
 def assert_equal_gradients(grads, expected):
@@ -732,69 +919,85 @@ def assert_equal_gradients(grads, expected):
 
 
 def test_the_logits_of_a_batch_never_exist_at_once():
-    """Shapes in the compiled program; that of the full computation has them, so that the search can fail."""
-    _, pieces, full = programs(True)
-    whole = (f"[{BATCH},{LENGTH},{VOCAB_SIZE}]", f"[{BATCH * LENGTH},{VOCAB_SIZE}]")
-    assert any(shape in full.as_text() for shape in whole)
-    assert not any(shape in pieces.as_text() for shape in whole)
-    assert f"[{math.ceil(BATCH * LENGTH / bart.PIECES)},{VOCAB_SIZE}]" in pieces.as_text()
+    """No array of the compiled program has the shape of all logits.
+
+    An array of the full computation has it, so the search can fail.
+    """
+    _, in_pieces, full = programs(True)
+    shapes = (f"[{BATCH},{LENGTH},{VOCAB_SIZE}]", f"[{BATCH * LENGTH},{VOCAB_SIZE}]")
+    assert any(shape in full.as_text() for shape in shapes)
+    assert not any(shape in in_pieces.as_text() for shape in shapes)
+    piece = math.ceil(BATCH * LENGTH / bart.PIECES)
+    assert f"[{piece},{VOCAB_SIZE}]" in in_pieces.as_text()
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    """The dropout of what is computed again is the same: another would give other gradients."""
+    """Recomputation draws the same dropout masks. Other masks would give other gradients."""
     model, _ = make_model("bart")
     params, plain, _ = programs(True)
-    batch, key = make_batch(), jax.random.key(0, impl="rbg")
-    recomputed = jax.grad(
-        lambda x: bart.loss_sums(unflatten_dict(x), batch, model, True, key), has_aux=True
-    )
-    grads, sums = compiled(recomputed, params)(params)
+    batch = make_batch()
+    key = dropout_key()
+
+    def checkpointed_loss(params):
+        return bart.loss_sums(unflatten_dict(params), batch, model, True, key)
+
+    grads, sums = compiled(jax.grad(checkpointed_loss, has_aux=True), params)(params)
     (loss, _), expected_grads, _ = plain(params)
     assert sums["loss"] == pytest.approx(float(loss), rel=1e-6)
     assert_equal_gradients(grads, expected_grads)
 
 
+def count_saved_values(family: str, checkpointing: bool, layers: int) -> int:
+    """The number of activations that the forward pass keeps for the backward pass."""
+    model, params = make_model(family, encoder_layers=layers, decoder_layers=layers)
+    batch = make_batch()
+    key = dropout_key()
+
+    def loss(params):
+        return bart.loss_sums(params, batch, model, checkpointing, key)[0]
+
+    backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+    shapes = [x.shape for x in jax.tree.leaves(backward)]
+    # Parameters do not have the batch's size on their first axis.
+    return sum(math.prod(shape) for shape in shapes if shape[:1] == (BATCH,))
+
+
 @pytest.mark.parametrize("family", ["bart", "mbart"])
-def test_gradient_checkpointing_keeps_the_input_of_a_layer_alone(family):
-    """Of what one layer more on each side adds to what the forward pass leaves to the backward pass."""
-
-    def kept(checkpointing: bool, layers: int) -> int:
-        model, params = make_model(family, encoder_layers=layers, decoder_layers=layers)
-        batch, key = make_batch(), jax.random.key(0, impl="rbg")
-        function = lambda params: bart.loss_sums(params, batch, model, checkpointing, key)[0]  # noqa: E731
-        backward = jax.eval_shape(lambda params: jax.vjp(function, params)[1], params)
-        shapes = [x.shape for x in jax.tree.leaves(backward)]
-        return sum(
-            math.prod(shape) for shape in shapes if shape[:1] == (BATCH,)
-        )  # not those of the parameters
-
+def test_gradient_checkpointing_keeps_only_the_input_of_a_layer(family):
+    """Measured as the difference that one more layer on each side makes."""
+    added = {}
+    for checkpointing in (False, True):
+        two = count_saved_values(family, checkpointing, layers=2)
+        one = count_saved_values(family, checkpointing, layers=1)
+        added[checkpointing] = two - one
     inputs = 2 * BATCH * LENGTH * SIZES["d_model"]
-    plain, recomputed = (kept(x, layers=2) - kept(x, layers=1) for x in (False, True))
-    assert plain > 10 * inputs
-    assert inputs <= recomputed <= 1.1 * inputs
+    assert added[False] > 10 * inputs
+    assert inputs <= added[True] <= 1.1 * inputs
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
-    """From the hidden states that the model gives in half precision, against float64: that would be off by more."""
+    """Compare with float64, from the half-precision hidden states that the model returns.
+
+    A loss in half precision would be off by more.
+    """
     model, params = make_model("bart")
     model = FlaxAutoModelForSeq2SeqLM.from_config(model.config, dtype=dtype, _do_init=False)
     batch = make_batch()
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
 
     def states_and_loss(params):
-        states = model(**inputs, params=params, output_hidden_states=True).decoder_hidden_states[-1]
-        return states, bart.loss_sums(params, batch, model, False)
+        outputs = model(**model_inputs(batch), params=params, output_hidden_states=True)
+        return outputs.decoder_hidden_states[-1], bart.loss_sums(params, batch, model, False)
 
     states, (loss, sums) = compiled(states_and_loss, params)(params)
     assert states.dtype == dtype
     kernel = np.asarray(params["model"]["shared"]["embedding"].astype(dtype), np.float64).T
-    exact = np.asarray(states, np.float64) @ kernel + np.asarray(
-        params["final_logits_bias"], np.float64
-    )
+    bias = np.asarray(params["final_logits_bias"], np.float64)
+    logits = np.asarray(states, np.float64) @ kernel + bias
     labels = np.asarray(batch["labels"])
-    picked = np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
-    losses = np.log(np.exp(exact).sum(-1)) - picked
+    predicted = labels != -100
+    picked = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    losses = np.log(np.exp(logits).sum(-1)) - picked
     assert loss.dtype == jnp.float32
-    assert loss == pytest.approx(losses[labels != -100].sum(), rel=2e-6)
-    assert sums["predicted"] == (labels != -100).sum()
+    assert loss == pytest.approx(losses[predicted].sum(), rel=2e-6)
+    assert sums["predicted"] == predicted.sum()

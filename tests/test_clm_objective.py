@@ -1,4 +1,7 @@
-"""The objective of run_clm_flax.py against independent references: loss, gradients, causality, and blocks."""
+"""The objective of run_clm_flax.py against independent references.
+
+They cover the loss, gradients, causality, blocks, and the configurations that are accepted.
+"""
 
 import json
 import math
@@ -23,10 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_clm_flax as clm
 
 DEVICES = 8  # of tests/conftest.py
-VOCAB_SIZE = 101  # a prime, and no other size of the models below
-LENGTH, BATCH = 32, 3
+# A prime that is no other size of the models below.
+VOCAB_SIZE = 101
+LENGTH = 32
+BATCH = 3
 
-# ----------------------------------------------------------------------------------------------- loss and gradients
+# ------------------------------------------------------------------------------- loss and gradients
 
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 40}
 GPT2 |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -51,41 +56,68 @@ ENCODER = {
 DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 FAMILIES = {
     "bart": {
-        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37, "max_position_embeddings": 40,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 37,
+        "decoder_ffn_dim": 37,
+        "max_position_embeddings": 40,
         **DROPOUT,
     },
     "bert": ENCODER,
     "big_bird": ENCODER,
-    "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "bloom": {
+        "hidden_size": 32,
+        "n_layer": 1,
+        "n_head": 2,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
     "electra": {**ENCODER, "embedding_size": 24},
     "gemma": LLAMA,
     "gpt2": GPT2,
     "gpt_neo": {
-        "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 40,
-        "attention_types": [[["global", "local"], 1]], "window_size": 8, "embed_dropout": 0.0, "resid_dropout": 0.0,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "max_position_embeddings": 40,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+        "embed_dropout": 0.0,
+        "resid_dropout": 0.0,
         "attention_dropout": 0.0,
     },
     "gptj": {**GPT2, "rotary_dim": 8},
     "llama": LLAMA,
     "mistral": LLAMA,
     "opt": {
-        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 37, "word_embed_proj_dim": 32,
-        "max_position_embeddings": 40, "dropout": 0.0, "attention_dropout": 0.0,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 37,
+        "word_embed_proj_dim": 32,
+        "max_position_embeddings": 40,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
     },
     "roberta": ENCODER,
     "roberta-prelayernorm": ENCODER,
     "xglm": {
-        "d_model": 32, "num_layers": 1, "attention_heads": 2, "ffn_dim": 37, "max_position_embeddings": 40, **DROPOUT,
+        "d_model": 32,
+        "num_layers": 1,
+        "attention_heads": 2,
+        "ffn_dim": 37,
+        "max_position_embeddings": 40,
+        **DROPOUT,
     },
     "xlm-roberta": ENCODER,
-}  # fmt: skip
-ALWAYS_UNTIED = (
-    "gptj",
-    "llama",
-    "mistral",
-)  # in Flax; a tied GPT-J cannot even be made, its head has a bias
-KEY = jax.random.key(0, impl="rbg")  # dropout is zero: the key is used and changes nothing
+}
+# Flax unties the embeddings of these families. A tied GPT-J cannot be made: its head has a bias.
+ALWAYS_UNTIED = ("gptj", "llama", "mistral")
+# Dropout is zero, so the key is used and changes nothing.
+KEY = jax.random.key(0, impl="rbg")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -98,63 +130,61 @@ def model_and_params(family, tmp_path_factory):
     return make_model(family, tmp_path_factory.mktemp("model"))
 
 
-def make_model(family: str, directory: Path, tied: bool = False):
-    """As the script makes it from a configuration, but with every parameter drawn at random. In these tests models run
-    without jit: what is compiled then are single operations, most of which the families have in common."""
-    from training_scripts import word_tokenizer
-
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "pad_token_id": 1,
-        "tie_word_embeddings": tied,
-        **FAMILIES[family],
-    }
-    CONFIG_MAPPING[family](**settings).save_pretrained(directory)
-    word_tokenizer(directory)
-    flags = [
-        f"--config_name={directory}",
-        f"--tokenizer_name={directory}",
+def make_flags(config_dir: Path, tokenizer_dir: Path) -> list[str]:
+    return [
+        f"--config_name={config_dir}",
+        f"--tokenizer_name={tokenizer_dir}",
         "--output_dir=none",
         "--train_file=none",
     ]
-    args = clm.parse_args(flags)
-    config, _, _ = clm.load_config_and_tokenizer(args)
-    model, rng = (
-        FlaxAutoModelForCausalLM.from_config(config, _do_init=False),
-        np.random.default_rng(0),
-    )
-    draw = lambda path, x: (
-        (path[-1] == "scale") + 0.2 * rng.standard_normal(x.shape).astype(np.float32)
-    )  # noqa: E731
-    return model, unflatten_dict(
-        {path: draw(path, x) for path, x in flatten_dict(model.params_shape_tree).items()}
-    )
+
+
+def load(flags: list[str]):
+    return clm.load_config_and_tokenizer(clm.parse_args(flags))
+
+
+def make_model(family: str, directory: Path, tied: bool = False):
+    """The model that the script makes from a configuration, with random parameters.
+
+    These tests run models without jit. Only single operations are compiled then, and the families
+    have most of them in common.
+    """
+    from training_scripts import word_tokenizer
+
+    settings = {"vocab_size": VOCAB_SIZE, "pad_token_id": 1, "tie_word_embeddings": tied}
+    CONFIG_MAPPING[family](**{**settings, **FAMILIES[family]}).save_pretrained(directory)
+    word_tokenizer(directory)
+    config, _, _ = load(make_flags(directory, directory))
+    model = FlaxAutoModelForCausalLM.from_config(config, _do_init=False)
+    rng = np.random.default_rng(0)
+    params = {}
+    for path, x in flatten_dict(model.params_shape_tree).items():
+        noise = rng.standard_normal(x.shape).astype(np.float32)
+        params[path] = (path[-1] == "scale") + 0.2 * noise
+    return model, unflatten_dict(params)
 
 
 def apply(model, params, input_ids):
-    segments = (
-        {"token_type_ids": jnp.zeros_like(input_ids)}
-        if model.config.model_type == "electra"
-        else {}
-    )
-    return model(input_ids, params=params, **segments).logits
+    inputs = {}
+    if model.config.model_type == "electra":
+        inputs["token_type_ids"] = jnp.zeros_like(input_ids)
+    return model(input_ids, params=params, **inputs).logits
 
 
 def full_loss(params, batch, model):
-    """Logits of every position, softmax over all of them, the label of a position is the next token."""
-    log_probabilities = jax.nn.log_softmax(
-        apply(model, params, batch["input_ids"]).astype(jnp.float32)
-    )[:, :-1]
+    """The sum over the positions of -log softmax(logits) of the next token, and their number."""
+    logits = apply(model, params, batch["input_ids"]).astype(jnp.float32)
+    log_probabilities = jax.nn.log_softmax(logits)[:, :-1]
     labels = batch["labels"][:, 1:]
-    picked = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[:, :, None], axis=2)[
-        :, :, 0
-    ]
+    indices = jnp.maximum(labels, 0)[:, :, None]
+    picked = jnp.take_along_axis(log_probabilities, indices, axis=2)[:, :, 0]
     return -jnp.where(labels == -100, 0, picked).sum(), (labels != -100).sum()
 
 
 def make_batch(rows: int = BATCH, length: int = LENGTH, without: int | None = None):
     input_ids = np.random.default_rng(1).integers(2, VOCAB_SIZE, (rows, length), dtype=np.int32)
-    input_ids[:, ::7] = 0  # which is a token
+    # Token 0 counts like any other token.
+    input_ids[:, ::7] = 0
     labels = input_ids.copy()
     if without is not None:
         labels[without] = -100
@@ -166,18 +196,20 @@ def test_every_family_is_tested():
 
 
 def check_loss_and_gradients(model, params, checkpointing: tuple[bool, ...]):
-    """With a row that fills up a partial batch, and a length that no number of pieces divides."""
+    """Compare with the full computation.
+
+    One row fills up a partial batch. No number of pieces divides the length.
+    """
     batch = make_batch(length=29, without=1)
-    (expected, predicted), expected_grads = jax.value_and_grad(full_loss, has_aux=True)(
-        params, batch, model
-    )
-    gradients = jax.value_and_grad(clm.loss_sums, has_aux=True)
-    pieces = [gradients(params, batch, model, remat, KEY) for remat in checkpointing]
+    full = jax.value_and_grad(full_loss, has_aux=True)
+    (expected, predicted), expected_grads = full(params, batch, model)
+    in_pieces = jax.value_and_grad(clm.loss_sums, has_aux=True)
+    results = [in_pieces(params, batch, model, remat, KEY) for remat in checkpointing]
     assert predicted == (batch["labels"][:, 1:] != -100).sum()
     expected_grads = flatten_dict(expected_grads)
     largest = max(float(jnp.abs(x).max()) for x in expected_grads.values())
     assert largest > 0.01
-    for (loss, sums), grads in pieces:
+    for (loss, sums), grads in results:
         assert set(sums) == {"loss", "predicted"}
         assert loss == pytest.approx(float(expected), rel=1e-5, abs=0)
         assert sums["loss"] == loss
@@ -195,29 +227,31 @@ def test_loss_and_gradients_equal_the_full_computation(model_and_params):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(ALWAYS_UNTIED)))
-def test_the_same_with_tied_embeddings(family, tmp_path):
+def test_loss_and_gradients_with_tied_embeddings(family, tmp_path):
     check_loss_and_gradients(*make_model(family, tmp_path, tied=True), checkpointing=(False,))
 
 
 def test_no_token_sees_the_next_one(model_and_params):
-    """Of the logits, those before a changed token stay as they are: a leak would be a loss of zero before long."""
+    """A changed token changes no logits before it. With a leak the loss would soon be zero."""
     model, params = model_and_params
     input_ids = make_batch(length=29)["input_ids"]
     changed = input_ids.copy()
     changed[:, 20] = 5 + changed[:, 20] % 7
-    before, after = apply(model, params, input_ids), apply(model, params, changed)
+    before = apply(model, params, input_ids)
+    after = apply(model, params, changed)
     np.testing.assert_allclose(before[:, :20], after[:, :20], rtol=1e-5, atol=1e-5)
-    assert (np.abs(before[:, 20:] - after[:, 20:]).max(axis=-1) > 1e-3).any(axis=-1).all()
+    differences = np.abs(before[:, 20:] - after[:, 20:]).max(axis=-1)
+    assert (differences > 1e-3).any(axis=-1).all()
 
 
-def products(jaxpr):
-    """Shapes of the products in a program that have a side as long as the vocabulary."""
+def shapes_with_vocabulary(jaxpr):
+    """Yield the shape of each result in a program that has an axis as long as the vocabulary."""
     for equation in jaxpr.eqns:
         for value in equation.params.values():
             for inner in value if isinstance(value, (list, tuple)) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from products(inner)
+                    yield from shapes_with_vocabulary(inner)
         for variable in equation.outvars:
             shape = getattr(variable.aval, "shape", ())
             if VOCAB_SIZE in shape and len(shape) > 1:
@@ -226,32 +260,32 @@ def products(jaxpr):
 
 def test_logits_exist_in_pieces_only(model_and_params):
     model, params = model_and_params
-    batch, parameters = make_batch(rows=4), {x.shape for x in jax.tree.leaves(params)}
-    parameters |= {shape[::-1] for shape in parameters}
+    batch = make_batch(rows=4)
+    of_parameters = {x.shape for x in jax.tree.leaves(params)}
+    of_parameters |= {shape[::-1] for shape in of_parameters}
     grad = jax.grad(clm.loss_sums, has_aux=True)
-    found = set(
-        products(
-            jax.make_jaxpr(grad, static_argnums=(2, 3))(params, batch, model, False, KEY).jaxpr
-        )
-    )
-    sizes = {math.prod(shape) // VOCAB_SIZE for shape in found - parameters}
+    program = jax.make_jaxpr(grad, static_argnums=(2, 3))(params, batch, model, False, KEY)
+    found = set(shapes_with_vocabulary(program.jaxpr))
+    sizes = {math.prod(shape) // VOCAB_SIZE for shape in found - of_parameters}
     assert max(sizes) == 4 * LENGTH // clm.PIECES, found
 
 
-# ----------------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 @pytest.fixture(scope="module")
 def gpt2_dir(tmp_path_factory, corpus):
-    """A byte-level tokenizer, which tells line breaks, trained with a library's own class; a GPT-2 of 48 positions."""
+    """A folder with a byte-level tokenizer and the configuration of a GPT-2 of 48 positions.
+
+    The tokenizer, which has tokens for line breaks, is trained with the library's own class.
+    """
     from tokenizers import ByteLevelBPETokenizer
 
     directory = tmp_path_factory.mktemp("gpt2")
     bpe = ByteLevelBPETokenizer()
     bpe.train([str(corpus / "validation.txt")], vocab_size=500, show_progress=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>"
-    ).save_pretrained(directory)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    fast.save_pretrained(directory)
     GPT2Config(**{**GPT2, "n_positions": 48}, vocab_size=501).save_pretrained(directory)
     return directory
 
@@ -267,29 +301,39 @@ def parse(gpt2_dir, *flags):
 
 
 def read(args):
+    """The training sequences, and the tokenizer."""
     _, tokenizer, block_size = clm.load_config_and_tokenizer(args)
     train_texts, _ = clm.load_texts(args)
-    return clm.tokenize(
-        train_texts, tokenizer, block_size, args, args.max_train_samples, "training"
-    ), tokenizer
+    limit = args.max_train_samples
+    sequences = clm.tokenize(train_texts, tokenizer, block_size, args, limit, "training")
+    return sequences, tokenizer
 
 
-def rows(sequences, count: int) -> list[list[int]]:
-    """All of them, in order, as the evaluation takes them; what fills up the last batch must have no labels."""
+def rows(sequences, block_size: int, count: int) -> list[list[int]]:
+    """All rows in order, as the evaluation reads them.
+
+    Check that the rows that fill up the last batch have no labels.
+    """
+    rows_in_batch = DEVICES * 3
+    collator = clm.FlaxDataCollatorForCausalLM(block_size)
     found = []
-    for batch in clm.eval_batches(sequences, clm.next_token_collator, 0, 3):
+    for batch in clm.eval_batches(sequences, collator, 0, 3):
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
         assert all(array.dtype == np.int32 for array in batch.values())
         assert (batch["attention_mask"] == 1).all()
-        input_ids, labels = (
-            batch[name].reshape(DEVICES * 3, -1) for name in ("input_ids", "labels")
-        )
-        real = min(count - len(found), DEVICES * 3)
+        input_ids = batch["input_ids"].reshape(rows_in_batch, -1)
+        labels = batch["labels"].reshape(rows_in_batch, -1)
+        real = min(count - len(found), rows_in_batch)
         assert (labels[:real] == input_ids[:real]).all()
         assert (labels[real:] == -100).all()
         found += input_ids[:real].tolist()
     assert len(found) == count
     return found
+
+
+def split_into_blocks(tokens: list[int], size: int) -> list[list[int]]:
+    """Full blocks only."""
+    return [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
 
 
 LINES = [
@@ -308,25 +352,28 @@ LINES = [
 @pytest.mark.parametrize("keep_linebreaks", [None, True, False])
 @pytest.mark.parametrize("workers", [None, 2])
 def test_blocks_equal_the_slow_concatenation(tmp_path, gpt2_dir, keep_linebreaks, workers):
-    """Kept line breaks give back the file, as far as blocks are full; without them blank lines are nothing."""
+    """With line breaks, the blocks decode to the file. Without them, blank lines have no tokens."""
     file = tmp_path / "train.txt"
     file.write_text("\n".join(LINES) + "\n", encoding="utf-8")
     flags = [f"--train_file={file}", "--block_size=16"]
-    flags += [] if keep_linebreaks is None else [f"--keep_linebreaks={keep_linebreaks}"]
-    flags += [f"--preprocessing_num_workers={workers}"] if workers else []
+    if keep_linebreaks is not None:
+        flags.append(f"--keep_linebreaks={keep_linebreaks}")
+    if workers:
+        flags.append(f"--preprocessing_num_workers={workers}")
     sequences, tokenizer = read(parse(gpt2_dir, *flags))
     tokens = []
     for line in LINES:
-        tokens += tokenizer(line if keep_linebreaks is False else line + "\n")["input_ids"]
-    expected = [tokens[start : start + 16] for start in range(0, len(tokens) - 15, 16)]
-    found = rows(sequences, len(expected))
+        text = line if keep_linebreaks is False else line + "\n"
+        tokens += tokenizer(text)["input_ids"]
+    expected = split_into_blocks(tokens, 16)
+    found = rows(sequences, 16, len(expected))
     assert found == expected
     if keep_linebreaks is not False:
         text = tokenizer.decode([token for row in found for token in row])
         assert file.read_text(encoding="utf-8").startswith(text)
         assert len(text) > 20_000
     limited, _ = read(parse(gpt2_dir, *flags, "--max_train_samples=5"))
-    assert rows(limited, 5) == expected[:5]
+    assert rows(limited, 16, 5) == expected[:5]
 
 
 def test_texts_of_other_files_are_taken_as_they_are(tmp_path, gpt2_dir):
@@ -335,9 +382,7 @@ def test_texts_of_other_files_are_taken_as_they_are(tmp_path, gpt2_dir):
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     sequences, tokenizer = read(parse(gpt2_dir, f"--train_file={file}", "--block_size=8"))
     tokens = [token for text in texts if text for token in tokenizer(text)["input_ids"]]
-    assert rows(sequences, len(tokens) // 8) == [
-        tokens[i : i + 8] for i in range(0, len(tokens) - 7, 8)
-    ]
+    assert rows(sequences, 8, len(tokens) // 8) == split_into_blocks(tokens, 8)
 
 
 @pytest.mark.parametrize("text", ["\n \n\t\n", "\n" * 2000])
@@ -365,62 +410,52 @@ def test_block_size_is_what_the_model_allows_and_no_more_than_1024(
     tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
     tokenizer.model_max_length = tokenizer_length or 10**30
     tokenizer.save_pretrained(tmp_path)
-    flags = [
-        f"--config_name={tmp_path}",
-        f"--tokenizer_name={tmp_path}",
-        "--output_dir=none",
-        "--train_file=none",
-    ]
+    flags = make_flags(tmp_path, tmp_path)
     with caplog.at_level("INFO", logger="run_clm_flax"):
-        assert clm.load_config_and_tokenizer(clm.parse_args(flags))[2] == expected
+        assert load(flags)[2] == expected
     (line,) = (record.getMessage() for record in caplog.records)
     assert "--block_size" in line
     assert str(expected) in line
-    assert clm.load_config_and_tokenizer(clm.parse_args([*flags, "--block_size=40"]))[2] == 40
+    assert load([*flags, "--block_size=40"])[2] == 40
     if family != "bloom":
         limit = 128 if family == "roberta" else settings["n_positions"]
-        assert (
-            clm.load_config_and_tokenizer(clm.parse_args([*flags, f"--block_size={limit}"]))[2]
-            == limit
-        )
+        assert load([*flags, f"--block_size={limit}"])[2] == limit
         with pytest.raises(clm.InputError, match=rf"--block_size {limit + 1}\b.*\b{limit}\b"):
-            clm.load_config_and_tokenizer(clm.parse_args([*flags, f"--block_size={limit + 1}"]))
+            load([*flags, f"--block_size={limit + 1}"])
 
 
-# --------------------------------------------------------------------------------------------------- configurations
+# ----------------------------------------------------------------------------------- configurations
 
 
 def written(directory: Path, family: str, **settings) -> list[str]:
-    """A tiny model's configuration as Transformers writes it, `settings` added as they are, in flags of the script."""
+    """Write the configuration of a tiny model with `settings`, unchecked, and a tokenizer.
+
+    Return flags of the script that name them.
+    """
     from training_scripts import word_tokenizer
 
     word_tokenizer(directory / "tokenizer")
-    CONFIG_MAPPING[family](
-        vocab_size=VOCAB_SIZE, pad_token_id=1, **FAMILIES[family]
-    ).save_pretrained(directory)
+    config = CONFIG_MAPPING[family](vocab_size=VOCAB_SIZE, pad_token_id=1, **FAMILIES[family])
+    config.save_pretrained(directory)
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    files = [f"--config_name={directory}", f"--tokenizer_name={directory / 'tokenizer'}"]
-    return [*files, "--output_dir=none", "--train_file=none"]
-
-
-def load(flags: list[str]):
-    return clm.load_config_and_tokenizer(clm.parse_args(flags))
+    return make_flags(directory, directory / "tokenizer")
 
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
-IGNORED = [  # by the Flax class, while PyTorch's obeys it
-    *((family, "rope_theta", 1e6) for family in ("gemma", "llama", "mistral")),
-    *(
-        (family, "rope_scaling", {"rope_type": "linear", "factor": 4.0})
-        for family in ("gemma", "llama", "mistral")
-    ),
+# Settings that the Flax class of a family ignores, while the PyTorch class honors them.
+IGNORED = [
+    ("gemma", "rope_theta", 1e6),
+    ("llama", "rope_theta", 1e6),
+    ("mistral", "rope_theta", 1e6),
+    ("gemma", "rope_scaling", {"rope_type": "linear", "factor": 4.0}),
+    ("llama", "rope_scaling", {"rope_type": "linear", "factor": 4.0}),
+    ("mistral", "rope_scaling", {"rope_type": "linear", "factor": 4.0}),
     ("llama", "rope_scaling", {"type": "dynamic", "factor": 2.0}),
     ("gemma", "rope_scaling", "linear"),
-    *(
-        (family, "rope_parameters", {**ROPE, "rope_theta": 5e5})
-        for family in ("gemma", "llama", "mistral")
-    ),
+    ("gemma", "rope_parameters", {**ROPE, "rope_theta": 5e5}),
+    ("llama", "rope_parameters", {**ROPE, "rope_theta": 5e5}),
+    ("mistral", "rope_parameters", {**ROPE, "rope_theta": 5e5}),
     ("llama", "rope_parameters", {**ROPE, "rope_type": "linear", "factor": 4.0}),
     ("gptj", "tie_word_embeddings", True),
     ("llama", "tie_word_embeddings", True),
@@ -436,44 +471,42 @@ IGNORED = [  # by the Flax class, while PyTorch's obeys it
     ("opt", "layerdrop", 0.1),
     ("xglm", "layerdrop", 0.1),
     ("bart", "decoder_layerdrop", 0.1),
-    *(
-        (family, "position_embedding_type", "relative_key")
-        for family in ("bert", "electra", "roberta", "roberta-prelayernorm", "xlm-roberta")
-    ),
+    ("bert", "position_embedding_type", "relative_key"),
+    ("electra", "position_embedding_type", "relative_key"),
+    ("roberta", "position_embedding_type", "relative_key"),
+    ("roberta-prelayernorm", "position_embedding_type", "relative_key"),
+    ("xlm-roberta", "position_embedding_type", "relative_key"),
 ]
 
 
 @pytest.mark.parametrize(("family", "key", "value"), IGNORED, ids=str)
 def test_what_flax_ignores_is_refused(tmp_path, family, key, value):
-    """In one line that names the config, not the tokenizer, and says what is there."""
+    """The message names the folder of the config, not of the tokenizer, and the value found."""
     flags = written(tmp_path, family, **{key: value})
-    name, found = (
-        ("hidden_act", "gelu_pytorch_tanh") if key == "hidden_activation" else (key, value)
-    )
+    name = key
+    found = value
+    if key == "hidden_activation":
+        name = "hidden_act"
+        found = "gelu_pytorch_tanh"
     with pytest.raises(clm.InputError) as caught:
         load(flags)
-    message, expected = str(caught.value), f"{tmp_path}: {name} is {found}"
-    assert message.startswith(
-        expected.rstrip("}")
-    )  # Transformers adds a rope_type where there is a type
+    message = str(caught.value)
+    expected = f"{tmp_path}: {name} is {found}"
+    # Transformers adds `rope_type` to a dictionary that has `type`, so its end is left open.
+    assert message.startswith(expected.rstrip("}"))
     assert f"Flax's {family} has " in message
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_writes_is_accepted(tmp_path, family):
-    """With default settings, as Transformers 4 writes them, and as 5 does."""
+    """Tiny settings, all default settings of Transformers 4, and those of Transformers 5."""
     assert load(written(tmp_path, family))[2] == 32
     (tmp_path / "all").mkdir()
     everything = CONFIG_MAPPING[family](**FAMILIES[family]).to_dict()
     load(written(tmp_path / "all", family, **everything))
     (tmp_path / "5").mkdir()
-    load(
-        written(
-            tmp_path / "5",
-            family,
-            **({"rope_parameters": ROPE} if FAMILIES[family] is LLAMA else {}),
-        )
-    )
+    of_version_5 = {"rope_parameters": ROPE} if FAMILIES[family] is LLAMA else {}
+    load(written(tmp_path / "5", family, **of_version_5))
     clm.check_config(CONFIG_MAPPING[family](), "the default")
 
 
@@ -491,21 +524,26 @@ def test_a_message_names_the_folder_of_the_config(tmp_path, family, settings, ke
 
 
 def test_mistral_without_a_window_sees_all_tokens(tmp_path):
-    """Through what a run loads: the last position depends on the first token, and so the exported config says."""
+    """In the model that a run loads, the last position depends on the first token.
+
+    The exported config has a window of all positions.
+    """
     args = clm.parse_args(written(tmp_path, "mistral", sliding_window=None))
     config, _, length = clm.load_config_and_tokenizer(args)
     assert config.sliding_window == config.max_position_embeddings == 40
-    assert length == 32  # of the tokenizer
+    # This is the tokenizer's limit.
+    assert length == 32
     model, params = clm.load_model(args, config)
     input_ids = make_batch(length=40)["input_ids"]
     changed = input_ids.copy()
     changed[:, 0] += 1
-    before, after = apply(model, params, input_ids), apply(model, params, changed)
+    before = apply(model, params, input_ids)
+    after = apply(model, params, changed)
     assert (np.abs(before - after).max(axis=-1) > 1e-6).all()
 
 
 def test_block_size_is_no_longer_than_the_window_of_mistral(tmp_path):
-    """Beyond it Flax sees one token more than PyTorch."""
+    """In longer blocks Flax would see one token more than PyTorch."""
     flags = written(tmp_path, "mistral", sliding_window=24)
     config, _, length = load(flags)
     assert (config.sliding_window, length) == (24, 24)

@@ -1,4 +1,4 @@
-"""What several scripts need stands in each of them, word for word; the check notices when it does not."""
+"""The code that several scripts share is the same in each, and the check finds a difference."""
 
 import shutil
 import subprocess
@@ -11,98 +11,117 @@ import pytest
 
 @pytest.fixture
 def root(tmp_path):
-    for path in copies.scripts():
+    """A folder with copies of the scripts, for tests to edit."""
+    for path in copies.find_scripts():
         shutil.copy(path, tmp_path)
-    if len(copies.scripts(tmp_path)) == 1:
+    if len(copies.find_scripts(tmp_path)) == 1:
         pytest.skip("there is only one script")
     return tmp_path
 
 
+def definitions_of(path) -> dict[str, slice]:
+    return copies.find_definitions(path.read_text("utf-8"))
+
+
+def scripts_with(name: str, root) -> list:
+    """The scripts other than the template that have a definition."""
+    return [path for path in copies.find_scripts(root)[1:] if name in definitions_of(path)]
+
+
 def test_same_name_same_source():
-    assert [message for _, _, message in copies.differences()] == []
+    assert [message for _, _, message in copies.find_differences()] == []
 
 
 def test_same_order():
-    orders = [list(copies.definitions(path.read_text("utf-8"))) for path in copies.scripts()]
-    for order in orders[1:]:
-        shared = [name for name in order if name in orders[0]]
-        assert shared == [name for name in orders[0] if name in order]
+    template, *others = [list(definitions_of(path)) for path in copies.find_scripts()]
+    for order in others:
+        shared = [name for name in order if name in template]
+        assert shared == [name for name in template if name in order]
 
 
-def test_the_list_of_those_that_differ_is_no_longer_than_needed():
-    found = [copies.texts(path.read_text("utf-8")) for path in copies.scripts()]
+def test_table_has_no_name_that_is_the_same_in_all_scripts():
+    scripts = [copies.read_definitions(path) for path in copies.find_scripts()]
     for name in copies.DIFFER_BY_OBJECTIVE:
-        assert len({"".join(texts[name]) for texts in found if name in texts}) > 1, name
+        sources = {"".join(definitions[name]) for definitions in scripts if name in definitions}
+        assert len(sources) > 1, name
 
 
 def change(path, name: str, edit) -> str:
-    """Edits the lines of a definition in place, and returns the source from before."""
+    """Edit the lines of a definition in place, and return the source from before."""
     source = path.read_text("utf-8")
-    where, lines = copies.definitions(source)[name], source.splitlines(keepends=True)
-    lines[where.start : where.stop] = edit(lines[where.start : where.stop])
+    where = copies.find_definitions(source)[name]
+    lines = source.splitlines(keepends=True)
+    lines[where] = edit(lines[where])
     path.write_text("".join(lines), "utf-8")
     return source
 
 
-EDITS = {
-    "a comment more": lambda lines: [*lines[:-1], lines[-1].rstrip("\n") + "  # changed\n"],
-    "a space more": lambda lines: [*lines[:-1], lines[-1].rstrip("\n") + " \n"],
-    "a line more": lambda lines: [lines[0], "    # changed\n", *lines[1:]],
-}
+def add_comment(lines: list[str]) -> list[str]:
+    return [*lines[:-1], lines[-1].rstrip("\n") + "  # changed\n"]
 
 
-@pytest.mark.parametrize("edit", EDITS)
+def add_space(lines: list[str]) -> list[str]:
+    return [*lines[:-1], lines[-1].rstrip("\n") + " \n"]
+
+
+def add_line(lines: list[str]) -> list[str]:
+    return [lines[0], "    # changed\n", *lines[1:]]
+
+
+def add_forty_lines(lines: list[str]) -> list[str]:
+    added = [f"    # {i}\n" for i in range(40)]
+    return [lines[0], *added, *lines[1:]]
+
+
+def replace_by_another_number(lines: list[str]) -> list[str]:
+    return ["IGNORE = -101\n"]
+
+
+@pytest.mark.parametrize("edit", [add_comment, add_space, add_line])
 @pytest.mark.parametrize(
     "name", ["InputError", "TrainingLog", "Saver", "prefetch", "make_optimizer"]
 )
-def test_a_changed_copy_is_found_and_fixed(root, name, edit):
-    for path in [
-        path
-        for path in copies.scripts(root)[1:]
-        if name in copies.definitions(path.read_text("utf-8"))
-    ]:
-        before = change(path, name, EDITS[edit])
-        ((found, what, message),) = copies.differences(root)
+def test_changed_copy_is_found_and_fixed(root, name, edit):
+    for path in scripts_with(name, root):
+        before = change(path, name, edit)
+        ((found, what, message),) = copies.find_differences(root)
         assert (found, what) == (path, name)
         assert path.name in message
         assert copies.fix(root) == [(path, name)]
         assert path.read_text("utf-8") == before
-    assert copies.differences(root) == []
+    assert copies.find_differences(root) == []
 
 
-def test_a_changed_constant_is_found(root):
-    path = root / "run_t5_mlm_flax.py"
-    change(path, "IGNORE", lambda lines: ["IGNORE = -101\n"])
-    assert [name for _, name, _ in copies.differences(root)] == ["IGNORE"]
+def test_changed_constant_is_found(root):
+    change(root / "run_t5_mlm_flax.py", "IGNORE", replace_by_another_number)
+    assert [name for _, name, _ in copies.find_differences(root)] == ["IGNORE"]
 
 
-def test_a_changed_template_is_written_into_all(root):
-    template, *others = copies.scripts(root)
-    change(template, "prefetch", EDITS["a comment more"])
-    others = [path for path in others if "prefetch" in copies.definitions(path.read_text("utf-8"))]
+def test_changed_template_is_copied_into_all(root):
+    change(root / copies.TEMPLATE, "prefetch", add_comment)
+    others = scripts_with("prefetch", root)
     assert sorted(copies.fix(root)) == sorted((path, "prefetch") for path in others)
-    assert copies.differences(root) == []
-    assert all("  # changed\n" in path.read_text("utf-8") for path in others)
+    assert copies.find_differences(root) == []
+    for path in others:
+        assert "  # changed\n" in path.read_text("utf-8")
 
 
-def test_what_differs_by_objective_is_left_alone_but_watched(root):
+def test_difference_by_objective_is_not_fixed_but_limited(root):
     path = root / "run_t5_mlm_flax.py"
-    changed = change(
-        path, "main", lambda lines: [lines[0], *(f"    # {i}\n" for i in range(40)), *lines[1:]]
-    )
+    before = change(path, "tokenize", add_forty_lines)
     assert copies.fix(root) == []
-    assert path.read_text("utf-8") != changed
-    assert [name for _, name, _ in copies.differences(root)] == ["main"]
+    assert path.read_text("utf-8") != before
+    assert [name for _, name, _ in copies.find_differences(root)] == ["tokenize"]
 
 
-def test_neighbouring_definitions_stay_apart():
-    sources = [path.read_text("utf-8") for path in copies.scripts()]
-    for where in (list(copies.definitions(source).values()) for source in sources):
-        assert all(a.stop <= b.start for a, b in pairwise(where))
+def test_definitions_do_not_overlap():
+    for path in copies.find_scripts():
+        for first, second in pairwise(definitions_of(path).values()):
+            assert first.stop <= second.start
 
 
-def test_the_command():
-    run = subprocess.run(
+def test_command():
+    done = subprocess.run(
         [sys.executable, copies.__file__], capture_output=True, text=True, check=False
     )
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

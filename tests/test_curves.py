@@ -1,4 +1,4 @@
-"""The picture of a run: what benchmarks/curves.py draws is what the run logged."""
+"""What benchmarks/curves.py draws is what the run logged."""
 
 import re
 import subprocess
@@ -16,9 +16,14 @@ NAMES = ("train_loss", "eval_loss", "eval_accuracy")
 
 
 def draw(model_dir: Path, output: Path) -> ElementTree.Element:
+    """Draw a run's curves by the command, and return the root of the SVG.
+
+    The command prints nothing.
+    """
+    program = str(ROOT / "benchmarks" / "curves.py")
     command = [
         sys.executable,
-        str(ROOT / "benchmarks" / "curves.py"),
+        program,
         str(model_dir),
         "--output",
         str(output),
@@ -28,32 +33,49 @@ def draw(model_dir: Path, output: Path) -> ElementTree.Element:
     return ElementTree.parse(output).getroot()
 
 
-def logged(stderr: str) -> dict[str, np.ndarray]:
+def logged_curves(stderr: str) -> dict[str, np.ndarray]:
     """Steps and values of each scalar as the log has them, with five digits, [points, 2]."""
     found = {name: [] for name in NAMES}
     for step, values in re.findall(r"INFO Step (\d+): (.*)", stderr):
         for name, value in re.findall(r"(\w+) ([\d.e+-]+)", values):
-            found.get(name, []).append((int(step), float(value)))
+            if name in NAMES:
+                point = (int(step), float(value))
+                found[name].append(point)
     return {name: np.array(points) for name, points in found.items() if points}
 
 
-def curves(root: ElementTree.Element) -> dict[str, np.ndarray]:
+def drawn_curves(root: ElementTree.Element) -> dict[str, np.ndarray]:
     """Points of each curve on the page, [points, 2]."""
-    paths = {name: root.find(f".//{SVG}g[@id='{name}']/{SVG}path") for name in NAMES}
-    numbers = {
-        name: re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d"))
-        for name, path in paths.items()
-        if path is not None
-    }
-    return {name: np.array(pairs, float) for name, pairs in numbers.items()}
+    found = {}
+    for name in NAMES:
+        # A curve is a group with one path.
+        path = root.find(f".//{SVG}g[@id='{name}']/{SVG}path")
+        if path is not None:
+            pairs = re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d"))
+            found[name] = np.array(pairs, float)
+    return found
+
+
+def labels_of(root: ElementTree.Element) -> list[str]:
+    """All texts on the page, with single spaces."""
+    labels = []
+    for element in root.iter(f"{SVG}text"):
+        text = "".join(element.itertext())
+        labels.append(" ".join(text.split()))
+    return labels
 
 
 def assert_on_one_scale(logged: np.ndarray, drawn: np.ndarray):
-    """The page's coordinates are a linear function of the logged values, to a tenth of a point; upwards is less."""
+    """The page's coordinates are linear in the logged values, to a tenth of a point.
+
+    On a page, y decreases upwards.
+    """
     for column, sign in ((0, 1), (1, -1)):
-        slope, start = np.polyfit(logged[:, column], drawn[:, column], 1)
+        values = logged[:, column]
+        coordinates = drawn[:, column]
+        slope, start = np.polyfit(values, coordinates, 1)
         assert np.sign(slope) == sign
-        np.testing.assert_allclose(slope * logged[:, column] + start, drawn[:, column], atol=0.1)
+        np.testing.assert_allclose(slope * values + start, coordinates, atol=0.1)
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:2], ids=str)
@@ -61,41 +83,48 @@ def test_curves_are_what_was_logged(script, tmp_path):
     place = Place(script, tmp_path)
     run = place.run("out", max_steps=180, logging_steps=30, eval_steps=60)
     assert run.returncode == 0, run.stderr
-    root = draw(tmp_path / "out", tmp_path / "curves.svg")
-    values, drawn = logged(run.stderr), curves(root)
-    assert (
-        drawn.keys() == values.keys() == set(NAMES[: 3 if script is SCRIPTS[0] else 2])
-    )  # clm has no accuracy
-    assert (
-        [len(values[name]) for name in NAMES[:2]]
-        == [len(drawn[name]) for name in NAMES[:2]]
-        == [6, 3]
-    )
-    assert_on_one_scale(
-        *(np.concatenate([found["train_loss"], found["eval_loss"]]) for found in (values, drawn))
-    )
-    if "eval_accuracy" in drawn:
-        assert_on_one_scale(values["eval_accuracy"], drawn["eval_accuracy"])
-    text = [" ".join("".join(element.itertext()).split()) for element in root.iter(f"{SVG}text")]
-    assert f"train {values['train_loss'][-1, 1]:.2f}" in text
-    first = (tmp_path / "curves.svg").read_bytes()
-    draw(tmp_path / "out", tmp_path / "curves.svg")
-    assert (tmp_path / "curves.svg").read_bytes() == first
+    picture = tmp_path / "curves.svg"
+    root = draw(tmp_path / "out", picture)
+    logged = logged_curves(run.stderr)
+    drawn = drawn_curves(root)
+
+    # run_clm_flax.py measures no accuracy.
+    has_accuracy = script is SCRIPTS[0]
+    expected_names = set(NAMES if has_accuracy else NAMES[:2])
+    assert drawn.keys() == logged.keys() == expected_names
+    for curves in (logged, drawn):
+        assert len(curves["train_loss"]) == 6
+        assert len(curves["eval_loss"]) == 3
+    # Both losses are in one panel.
+    logged_losses = np.concatenate([logged["train_loss"], logged["eval_loss"]])
+    drawn_losses = np.concatenate([drawn["train_loss"], drawn["eval_loss"]])
+    assert_on_one_scale(logged_losses, drawn_losses)
+    if has_accuracy:
+        assert_on_one_scale(logged["eval_accuracy"], drawn["eval_accuracy"])
+    last_loss = logged["train_loss"][-1, 1]
+    assert f"train {last_loss:.2f}" in labels_of(root)
+
+    # Drawing again gives the same bytes.
+    first = picture.read_bytes()
+    draw(tmp_path / "out", picture)
+    assert picture.read_bytes() == first
 
 
 def test_the_readmes_picture():
-    """It is a drawing of the numbers that the text beside it gives."""
-    picture, readme = (
-        ROOT / "docs" / "quickstart.svg",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-    )
+    """The picture shows the numbers that the text beside it gives."""
+    picture = ROOT / "docs" / "quickstart.svg"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert picture.stat().st_size < 60_000
     root = ElementTree.parse(picture).getroot()
     (section,) = re.findall(r"(?ms)^## Two commands to begin with$(.*?)^## ", readme)
-    labels = [" ".join("".join(element.itertext()).split()) for element in root.iter(f"{SVG}text")]
+    labels = labels_of(root)
     for label in ("train 5.36", "eval 5.51", "17.2%"):
         assert label in labels
         assert label.split()[-1] in section
-    assert {name: len(points) for name, points in curves(root).items()} == dict(
-        zip(NAMES, (20, 8, 8), strict=True)
-    )
+    drawn = drawn_curves(root)
+    num_points = {name: len(points) for name, points in drawn.items()}
+    assert num_points == {
+        "train_loss": 20,
+        "eval_loss": 8,
+        "eval_accuracy": 8,
+    }

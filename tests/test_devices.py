@@ -1,5 +1,7 @@
-"""What a run asks of the devices: one step ahead of them and no more, no memory that it does not need, and one line
-where they have none left. Of what the scripts have word for word in common the template shows it."""
+"""A run keeps one step ahead of the devices, saves their memory, and reports when none is left.
+
+Code that is word for word the same in all scripts is tested only in the template.
+"""
 
 import importlib
 import json
@@ -21,54 +23,66 @@ def place(script, tmp_path_factory) -> Place:
 
 
 def slow_steps(script):
-    """Steps of some 50 ms; how many of them are not done yet when one is dispatched goes to the file `ahead`."""
+    """Make a step take about 50 ms, and write to the file `ahead` how far ahead the host is.
+
+    There is a number for each step: how many steps, itself included, are not done when it is
+    dispatched.
+    """
     import json
     import pathlib
 
     import jax
     import jax.numpy as jnp
 
-    sums, ahead, train_step, make_program = [], [], script.train_step, jax.pmap
+    losses = []
+    num_ahead = []
+    original_train_step = script.train_step
+    original_pmap = jax.pmap
 
     def slow_train_step(*args, **fixed):
-        state, totals = train_step(*args, **fixed)
-        slow = jax.lax.fori_loop(
-            0, 60, lambda _, x: jnp.sin(x @ x), jnp.full((300, 300), totals["loss"])
-        )
-        return state, {**totals, "loss": totals["loss"] + 1e-9 * slow[0, 0]}
+        state, totals = original_train_step(*args, **fixed)
+        x = jnp.full((300, 300), totals["loss"])
+        x = jax.lax.fori_loop(0, 60, lambda _, x: jnp.sin(x @ x), x)
+        # The loss depends on the result, so that XLA cannot leave out the work.
+        return state, {**totals, "loss": totals["loss"] + 1e-9 * x[0, 0]}
 
     def pmap(function, *args, **options):
-        program = make_program(function, *args, **options)
+        program = original_pmap(function, *args, **options)
         if getattr(function, "func", None) is not slow_train_step:
             return program
 
         def dispatch(*args):
             state, totals = program(*args)
-            sums.append(totals["loss"])
-            ahead.append(sum(not loss.is_ready() for loss in sums))
-            pathlib.Path("ahead").write_text(json.dumps(ahead))
+            losses.append(totals["loss"])
+            num_ahead.append(sum(not loss.is_ready() for loss in losses))
+            pathlib.Path("ahead").write_text(json.dumps(num_ahead))
             return state, totals
 
         return dispatch
 
-    script.train_step, jax.pmap = slow_train_step, pmap
+    script.train_step = slow_train_step
+    jax.pmap = pmap
 
 
 @template_alone
 def test_a_step_ahead_of_the_devices(place):
-    """Where nothing is logged, too: SIGTERM would have to wait for what is dispatched."""
+    """This holds even where nothing is logged: SIGTERM must not wait for many dispatched steps."""
     steps = {"max_steps": 30, "logging_steps": 1000, "save_steps": 1000}
     run = place.run("ahead_of_devices", **steps, devices=1, change=slow_steps)
     assert (run.returncode, run.lines) == (0, [])
-    ahead = json.loads((place.directory / "ahead").read_text())
-    assert len(ahead) == 30
-    assert max(ahead) <= 2
+    num_ahead = json.loads((place.directory / "ahead").read_text())
+    assert len(num_ahead) == 30
+    assert max(num_ahead) <= 2
 
 
 def test_initial_weights_leave_the_device(script, tmp_path):
-    """New ones, pretrained ones, and those of which some are missing: the state is the one copy there."""
+    """The only copy of the weights on the device is in the training state.
+
+    This holds for new weights, pretrained ones, and pretrained ones of which some are missing.
+    """
     module = importlib.import_module(script.path.stem)
-    script.model_type == "t5" and module.mend_clip()
+    if script.model_type == "t5":
+        module.restore_clip_argument()
     script.write_model(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     args = Namespace(
@@ -79,30 +93,29 @@ def test_initial_weights_leave_the_device(script, tmp_path):
         seed=0,
     )
     model, params = module.load_model(args, config)
-    flat = flatten_dict(params)
-    assert {type(x) for x in flat.values()} == {np.ndarray}
-    missing = next(path for path in flat if path[-1] == "kernel")
-    for lacking in (None, missing):
-        some = {path: x for path, x in flat.items() if path != lacking}
-        model.save_pretrained(tmp_path, params=unflatten_dict(some))
-        found = flatten_dict(
-            module.load_model(Namespace(**{**vars(args), "model_name_or_path": tmp_path}), config)[
-                1
-            ]
-        )
-        assert found.keys() == flat.keys()
-        assert {type(x) for x in found.values()} == {np.ndarray}
+    params = flatten_dict(params)
+    assert {type(array) for array in params.values()} == {np.ndarray}
+    kernel = next(path for path in params if path[-1] == "kernel")
+    args.model_name_or_path = tmp_path
+    for missing in (None, kernel):
+        saved = {path: array for path, array in params.items() if path != missing}
+        model.save_pretrained(tmp_path, params=unflatten_dict(saved))
+        _, loaded = module.load_model(args, config)
+        loaded = flatten_dict(loaded)
+        assert loaded.keys() == params.keys()
+        assert {type(array) for array in loaded.values()} == {np.ndarray}
 
 
 def test_no_memory_left(monkeypatch, capsys):
-    """JAX's own error, as of a batch that is too large, is one line."""
+    """An error of JAX, such as that of too large a batch, is one line."""
 
-    def main(args):
+    def fill_memory(args):
         jnp.zeros(1 << 50, jnp.int8).block_until_ready()
 
-    monkeypatch.setattr(mlm, "main", main)
+    monkeypatch.setattr(mlm, "prepare_output", fill_memory)
     argv = ["--output_dir=x", "--model_type=roberta", "--tokenizer_name=x", "--train_file=x.txt"]
-    assert mlm.cli(argv) == 1
+    with pytest.raises(SystemExit, match=r"^1$"):
+        mlm.main(argv)
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
     assert stderr.startswith("run_mlm_flax.py: error: RESOURCE_EXHAUSTED")

@@ -1,9 +1,10 @@
-"""What the scripts export, read back by the Flax classes: from flax_model.msgpack, and from model.safetensors.
+"""The Flax classes read back what the scripts export: flax_model.msgpack and model.safetensors.
 
-Of every family that one of them trains by the function that they have in common; of a whole run for the template (and
-for each script in test_faults.py).
+The function that converts weights to PyTorch's layout is the same in all scripts. It is tested with
+every family that a script trains. The export of a whole run is tested for the template here, and
+for each script in test_faults.py.
 
-That PyTorch reads the same is checked by hand where torch is installed: see check_pytorch.py.
+To check that PyTorch reads the same, run check_pytorch.py by hand where torch is installed.
 """
 
 import signal
@@ -31,71 +32,75 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_mlm_flax as mlm
 
-FAMILIES = [
-    *(
-        (FlaxAutoModelForMaskedLM, family, settings)
-        for family, settings in test_mlm_objective.FAMILIES.items()
-    ),
-    *(
-        (FlaxAutoModelForCausalLM, family, settings)
-        for family, settings in test_clm_objective.FAMILIES.items()
-    ),
-    *(
-        (FlaxAutoModelForSeq2SeqLM, family, settings)
-        for family, settings in test_t5_objective.FAMILIES.items()
-    ),
-    *(
-        (FlaxAutoModelForSeq2SeqLM, family, test_mlm_objective.SEQ2SEQ)
-        for family in ("bart", "mbart")
-    ),
-]
+BART_FAMILIES = dict.fromkeys(("bart", "mbart"), test_mlm_objective.SEQ2SEQ)
+FAMILIES = []
+for auto_class, families in (
+    (FlaxAutoModelForMaskedLM, test_mlm_objective.FAMILIES),
+    (FlaxAutoModelForCausalLM, test_clm_objective.FAMILIES),
+    (FlaxAutoModelForSeq2SeqLM, test_t5_objective.FAMILIES),
+    (FlaxAutoModelForSeq2SeqLM, BART_FAMILIES),
+):
+    FAMILIES += [(auto_class, family, settings) for family, settings in families.items()]
 
 
 def logits_of(model, params):
+    """Return the logits of random tokens, some of which are padding."""
     input_ids = np.random.default_rng(1).integers(2, 90, (2, 16), dtype=np.int32)
     attention_mask = (np.arange(16) < [[16], [9]]).astype(np.int32)
-    return np.asarray(
-        jax.jit(lambda params: model(input_ids, attention_mask, params=params).logits)(params)
-    )
+
+    @jax.jit
+    def apply(params):
+        return model(input_ids, attention_mask, params=params).logits
+
+    return np.asarray(apply(params))
+
+
+def random_params(model) -> dict:
+    """Return parameters by path, all of them random: LayerNorm scales around 1, others around 0."""
+    rng = np.random.default_rng(0)
+    params = {}
+    for path, array in flatten_dict(model.params_shape_tree).items():
+        mean = 1 if path[-1] == "scale" else 0
+        params[path] = mean + 0.2 * rng.standard_normal(array.shape).astype(np.float32)
+    return params
 
 
 @pytest.mark.parametrize(
     ("auto_class", "family", "settings"),
     FAMILIES,
-    ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", ""),
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
 )
 def test_pytorch_layout_is_read_by_flax(tmp_path, monkeypatch, auto_class, family, settings):
-    """Every parameter is drawn at random, so that one that is lost, swapped or transposed is seen."""
-    test_t5_objective.t5.mend_clip()
+    """All parameters are random, so the test finds those that are lost, swapped or transposed."""
+    test_t5_objective.t5.restore_clip_argument()
     config = CONFIG_MAPPING[family.partition(",")[0]](vocab_size=101, pad_token_id=1, **settings)
     model = auto_class.from_config(config, _do_init=False)
-    rng = np.random.default_rng(0)
-    shapes = flatten_dict(model.params_shape_tree)
-    flat = {
-        k: (k[-1] == "scale") + 0.2 * rng.standard_normal(x.shape).astype(np.float32)
-        for k, x in shapes.items()
-    }
-    params = unflatten_dict(flat)
+    params = random_params(model)
 
     config.save_pretrained(tmp_path)
-    arrays = mlm.to_pytorch(params)
-    assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in arrays.values())
-    assert len(arrays) == len(flat)
+    arrays = mlm.to_pytorch(unflatten_dict(params))
+    for array in arrays.values():
+        assert isinstance(array, np.ndarray)
+        assert array.dtype == np.float32
+    assert len(arrays) == len(params)
     save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    # Parameters that the file lacks would stay zero.
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), model.params_shape_tree)
-    monkeypatch.setattr(
-        type(model), "init_weights", lambda *args: zeros
-    )  # takes no time, and none may be left
+    monkeypatch.setattr(type(model), "init_weights", lambda *args: zeros)
     loaded = auto_class.from_pretrained(tmp_path)
-    loaded_flat = flatten_dict(loaded.params)
-    assert loaded_flat.keys() == flat.keys()
-    for path, x in flat.items():
-        np.testing.assert_array_equal(loaded_flat[path], x, err_msg=str(path))
+    loaded_params = flatten_dict(loaded.params)
+    assert loaded_params.keys() == params.keys()
+    for path, array in params.items():
+        np.testing.assert_array_equal(loaded_params[path], array, err_msg=str(path))
     assert type(loaded) is type(model)
 
 
 def test_names_and_layout():
-    """Those of torch.nn: a Linear's weight is [out, in], an Embedding's [rows, width], a LayerNorm's is its scale."""
+    """Names and layout are those of torch.nn.
+
+    The weight of a Linear is [out, in] and that of an Embedding [rows, width]. The weight of a
+    LayerNorm is its scale.
+    """
     params = {
         "lm": {
             "dense": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)},
@@ -106,7 +111,7 @@ def test_names_and_layout():
         "bias": jnp.ones(7),
     }
     arrays = mlm.to_pytorch(params)
-    assert {name: x.shape for name, x in arrays.items()} == {
+    assert {name: array.shape for name, array in arrays.items()} == {
         "lm.dense.weight": (3, 2),
         "lm.dense.bias": (3,),
         "lm.LayerNorm.weight": (2,),
@@ -117,9 +122,8 @@ def test_names_and_layout():
     }
     assert arrays["lm.dense.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert arrays["lm.embeddings.weight"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert all(
-        x.flags.c_contiguous for x in arrays.values()
-    )  # safetensors writes memory as it lies
+    # safetensors writes the memory of an array as it is.
+    assert all(array.flags.c_contiguous for array in arrays.values())
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +135,15 @@ def exported(tmp_path_factory, corpus, roberta_dir):
         f"--output_dir={output_dir}",
         f"--config_name={roberta_dir}",
         f"--tokenizer_name={roberta_dir}",
-    ]
-    argv += [
         f"--train_file={corpus / 'validation.txt'}",
         "--do_train",
         "--max_steps=2",
         "--max_seq_length=32",
+        "--per_device_train_batch_size=1",
+        "--learning_rate=0.01",
     ]
-    argv += ["--per_device_train_batch_size=1", "--learning_rate=0.01"]
     try:
-        assert mlm.cli(argv) == 0
+        mlm.main(argv)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -148,8 +151,8 @@ def exported(tmp_path_factory, corpus, roberta_dir):
 
 
 def test_both_files_hold_the_trained_model(tmp_path, exported, roberta_dir):
-    found = {path.name for path in exported.iterdir()}
-    assert found > {"config.json", "flax_model.msgpack", "model.safetensors", "tokenizer.json"}
+    names = {path.name for path in exported.iterdir()}
+    assert names > {"config.json", "flax_model.msgpack", "model.safetensors", "tokenizer.json"}
     from_flax, params = FlaxAutoModelForMaskedLM.from_pretrained(exported, _do_init=False)
     assert from_flax.required_params == set(flatten_dict(params))
     for name in ("config.json", "model.safetensors"):
@@ -159,35 +162,30 @@ def test_both_files_hold_the_trained_model(tmp_path, exported, roberta_dir):
     np.testing.assert_array_equal(logits_of(from_safetensors, from_safetensors.params), logits)
     assert len(load_file(exported / "model.safetensors")) == len(flatten_dict(params))
 
-    biases = [x for path, x in flatten_dict(params).items() if path[-1] == "bias"]
-    assert sum(np.any(x) for x in biases) > len(biases) / 2  # trained: they start from zero
+    # Biases start at zero, so most of those of a trained model are not zero.
+    biases = [array for path, array in flatten_dict(params).items() if path[-1] == "bias"]
+    assert sum(np.any(bias) for bias in biases) > len(biases) / 2
 
-    tokenizer, original = (
-        AutoTokenizer.from_pretrained(exported),
-        AutoTokenizer.from_pretrained(roberta_dir),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    original = AutoTokenizer.from_pretrained(roberta_dir)
     text = "The naïve tokenizer's <mask> is kept."
     assert tokenizer(text)["input_ids"] == original(text)["input_ids"]
 
 
-@pytest.mark.parametrize(
-    "kept",
-    ["flax_model.msgpack", "model.safetensors"],
-)
-def test_training_goes_on_from_either_file(tmp_path, exported, kept):
-    """Most models on the Hub come as model.safetensors alone."""
-    for name in ("config.json", kept):
+@pytest.mark.parametrize("weights", ["flax_model.msgpack", "model.safetensors"])
+def test_training_can_start_from_either_file(tmp_path, exported, weights):
+    """Most models on the Hub have model.safetensors alone."""
+    for name in ("config.json", weights):
         (tmp_path / name).write_bytes((exported / name).read_bytes())
-    args = mlm.parse_args(
-        [
-            f"--output_dir={tmp_path / 'new'}",
-            f"--model_name_or_path={tmp_path}",
-            "--train_file=x.txt",
-        ]
-    )
-    _, params = mlm.load_model(args, AutoConfig.from_pretrained(tmp_path))
+    argv = [
+        f"--output_dir={tmp_path / 'new'}",
+        f"--model_name_or_path={tmp_path}",
+        "--train_file=x.txt",
+    ]
+    _, params = mlm.load_model(mlm.parse_args(argv), AutoConfig.from_pretrained(tmp_path))
     _, expected = FlaxAutoModelForMaskedLM.from_pretrained(exported, _do_init=False)
-    expected, params = flatten_dict(expected), flatten_dict(params)
+    params = flatten_dict(params)
+    expected = flatten_dict(expected)
     assert params.keys() == expected.keys()
-    for path, x in expected.items():
-        np.testing.assert_array_equal(params[path], x, err_msg=str(path))
+    for path, array in expected.items():
+        np.testing.assert_array_equal(params[path], array, err_msg=str(path))

@@ -1,6 +1,6 @@
-"""Every family of models that a script trains: short runs that learn, whose export is read back, in both layouts.
+"""Each script trains every family of models that it supports, and reads both of its exports back.
 
-python tests/test_families.py    writes the table of the README
+python tests/test_families.py    writes the table of families into the README
 """
 
 import json
@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 README = ROOT / "README.md"
 STEPS = 24
-FAMILIES = {  # by the name that Transformers has for a configuration; after a comma, which kind of the family
+# {script: {family: settings of its tiny config}}. A family has the name of its configuration in
+# Transformers, which a comma and a variant may follow.
+FAMILIES = {
     "run_mlm_flax.py": test_mlm_objective.FAMILIES,
     "run_mlm_flax_stream.py": test_mlm_objective.FAMILIES,
     "run_clm_flax.py": {
@@ -35,35 +37,45 @@ FAMILIES = {  # by the name that Transformers has for a configuration; after a c
     "run_bart_dlm_flax.py": dict.fromkeys(("bart", "mbart"), test_mlm_objective.SEQ2SEQ),
 }
 CASES = [(script, family) for script in SCRIPTS for family in FAMILIES[script.name]]
+# The last column of the README's table.
 NOTES = {
     "bloom": "`n_head` must be a power of two",
     "gemma": "`rope_theta` 10000, no `rope_scaling`",
     "gptj": "`rotary_dim` must be even, and at most the size of a head; no `tie_word_embeddings`",
-    "llama": "as `gemma`; no `tie_word_embeddings`, `mlp_bias`; `head_dim` is `hidden_size / num_attention_heads`",
+    "llama": "as `gemma`; no `tie_word_embeddings`, `mlp_bias`; "
+    "`head_dim` is `hidden_size / num_attention_heads`",
     "mistral": "as `llama`; sequences no longer than `sliding_window`",
     "roformer": "gets an `embedding_size` of `hidden_size`",
     "bert": "causal: gets `is_decoder`, as all encoders do",
-    "big_bird": "causal, with `--line_by_line`, up to 11 blocks or no multiple of a block: gets full attention",
+    "big_bird": "causal, with `--line_by_line`, up to 11 blocks or no multiple of a block: "
+    "gets full attention",
     "gpt-sw3": "its configuration is GPT-2's",
     "mbart": "denoising: the objective of BART, without language codes",
 }
 
 
+# Names of the parameters of a language modeling head start with one of these.
+HEAD = r"(lm_head|cls|generator|predictions|vocab|mlm)"
+
+
 def configure(place: Place, family: str):
-    """Writes the configuration of a tiny model, its dropout and kind of attention as the family has them."""
-    settings = {
-        name: value
-        for name, value in FAMILIES[place.script.name][family].items()
-        if "drop" not in name
-    }
-    settings.pop("attention_type", None)  # of BigBird: sparse, which is too much for a short text
-    tiny_model(family.partition(",")[0], place.script.num_sentinels, **settings)(place.model)
+    """Write the configuration of a tiny model with the family's default dropout and attention."""
+    settings = FAMILIES[place.script.name][family]
+    settings = {name: value for name, value in settings.items() if "drop" not in name}
+    # BigBird's sparse attention needs longer texts.
+    settings.pop("attention_type", None)
+    write_model = tiny_model(family.partition(",")[0], place.script.num_sentinels, **settings)
+    write_model(place.model)
+
+
+def mean_loss(losses_by_step: dict[int, float], steps: range) -> float:
+    return sum(losses_by_step[step] for step in steps) / len(steps)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(("script", "family"), CASES, ids=str)
 def test_family(tmp_path, script, family):
-    """It learns, nothing is said that is not the script's own, and both files evaluate as the run itself did."""
+    """The model learns without warnings, and both exports evaluate as the run itself did."""
     place = Place(script, tmp_path)
     configure(place, family)
     flags = {
@@ -77,79 +89,85 @@ def test_family(tmp_path, script, family):
     trained = place.directory / "trained"
     found = losses(trained)
     assert len(found) == STEPS
-    start, end = (
-        sum(found[step] for step in steps) / 4
-        for steps in (range(1, 5), range(STEPS - 3, STEPS + 1))
-    )
+    start = mean_loss(found, range(1, 5))
+    end = mean_loss(found, range(STEPS - 3, STEPS + 1))
     assert end < start - 0.05, found
     expected = (trained / "eval_results.json").read_bytes()
     assert json.loads(expected)["eval_loss"] < start
 
-    for name in (
-        "flax_model.msgpack",
-        "model.safetensors",
-    ):  # most models on the Hub have the latter alone
-        folder = place.directory / name.partition(".")[0]
+    # Most models on the Hub have the latter alone.
+    for weights in ("flax_model.msgpack", "model.safetensors"):
+        folder = place.directory / weights.partition(".")[0]
         folder.mkdir()
         for path in trained.iterdir():
-            if path.name == name or (path.suffix == ".json" and "results" not in path.name):
+            is_config = path.suffix == ".json" and "results" not in path.name
+            if path.name == weights or is_config:
                 (folder / path.name).write_bytes(path.read_bytes())
-        read = {
+        flags = {
             "model_name_or_path": folder,
             "model_type": None,
             "config_name": None,
             "tokenizer_name": None,
+            "do_eval": True,
+            "train_file": None,
         }
-        run = place.run(f"from_{folder.name}", **read, do_eval=True, train_file=None)
+        output_dir = place.directory / f"from_{folder.name}"
+        run = place.run(output_dir, **flags)
         assert (run.returncode, run.lines) == (0, [])
-        assert (
-            place.directory / f"from_{folder.name}" / "eval_results.json"
-        ).read_bytes() == expected
+        assert (output_dir / "eval_results.json").read_bytes() == expected
 
 
 @pytest.mark.parametrize(
     ("script", "family"), [case for case in CASES if not case[0].is_stream], ids=str
 )
-def test_what_a_pytorch_file_lacks_is_named(tmp_path, caplog, script, family):
-    """The rest is taken over. A weight of another shape is an error, and so is a file with nothing that fits."""
+def test_a_pytorch_file_without_some_weights(tmp_path, caplog, script, family):
+    """A warning names the missing weights, and the others are loaded.
+
+    A weight of another shape is an error, and so is a file that has none of the weights.
+    """
     from transformers import AutoConfig
 
-    trainer, place = import_module(script.name.removesuffix(".py")), Place(script, tmp_path)
+    trainer = import_module(script.name.removesuffix(".py"))
+    place = Place(script, tmp_path)
     configure(place, family)
-    getattr(trainer, "mend_clip", lambda: None)()
+    if hasattr(trainer, "restore_clip_argument"):
+        trainer.restore_clip_argument()
     config = AutoConfig.from_pretrained(place.model)
     _, params = trainer.load_model(trainer.parse_args(place.flags("none")), config)
-    rng, flat = np.random.default_rng(0), flatten_dict(params)
-    whole = trainer.to_pytorch(
-        trainer.unflatten_dict({k: rng.standard_normal(x.shape) for k, x in flat.items()})
-    )
+    params = flatten_dict(params)
+    rng = np.random.default_rng(0)
+    weights = {path: rng.standard_normal(array.shape) for path, array in params.items()}
+    tensors = trainer.to_pytorch(trainer.unflatten_dict(weights))
 
-    def load(changed: dict):
-        file = {name: np.ascontiguousarray(x, np.float32) for name, x in changed.items()}
-        save_file(file, place.model / "model.safetensors", metadata={"format": "pt"})
+    def load(tensors: dict) -> tuple[dict, str]:
+        """Return the parameters that the script loads from PyTorch's tensors, and the log."""
+        tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
+        save_file(tensors, place.model / "model.safetensors", metadata={"format": "pt"})
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger=trainer.__name__):
             flags = place.flags(
                 "none", model_name_or_path=place.model, config_name=None, tokenizer_name=None
             )
             _, params = trainer.load_model(trainer.parse_args(flags), config)
-        return {".".join(path): x for path, x in flatten_dict(params).items()}, caplog.text
+        return {".".join(path): array for path, array in flatten_dict(params).items()}, caplog.text
 
-    expected, said = load(whole)
-    assert said == ""
-    names = {".".join(path): torch_name for path, torch_name in zip(flat, whole, strict=True)}
-    head = [
-        name for name in names if re.match(r"(lm_head|cls|generator|predictions|vocab|mlm)", name)
-    ]
-    lacking = sorted(head or list(names)[-2:])
-    gone = {names[name] for name in lacking}
-    found, said = load({name: x for name, x in whole.items() if name not in gone})
-    assert f"lacks {', '.join(lacking)}: initialized at random" in said
-    assert {name for name, x in expected.items() if (found[name] != x).any()} == set(lacking)
-    name, x = max(whole.items(), key=lambda item: item[1].ndim)
+    expected, log = load(tensors)
+    assert log == ""
+
+    # Without the head, or without the last two parameters of a family that has none.
+    tensor_names = {".".join(path): name for path, name in zip(params, tensors, strict=True)}
+    head = [name for name in tensor_names if re.match(HEAD, name)]
+    missing = sorted(head or list(tensor_names)[-2:])
+    missing_tensors = {tensor_names[name] for name in missing}
+    found, log = load({name: x for name, x in tensors.items() if name not in missing_tensors})
+    assert f"lacks {', '.join(missing)}: initialized at random" in log
+    changed = {name for name, array in expected.items() if (found[name] != array).any()}
+    assert changed == set(missing)
+
+    name, tensor = max(tensors.items(), key=lambda item: item[1].ndim)
     message = rf"start has no model of type .* Weight {re.escape(name)} was expected to be of shape"
     with pytest.raises(trainer.InputError, match=message):
-        load({**whole, name: np.zeros([size + 1 for size in x.shape])})
+        load({**tensors, name: np.zeros([size + 1 for size in tensor.shape])})
     with pytest.raises(trainer.InputError, match="none of its weights"):
         load({"something.else": np.zeros(3)})
 
@@ -170,12 +188,12 @@ def test_what_a_pytorch_file_lacks_is_named(tmp_path, caplog, script, family):
     ids=str,
 )
 def test_sizes_that_do_not_fit_together(tmp_path, family, settings, words):
-    """One line, that names what to set where the script knows it."""
-    (script,) = (script for script in SCRIPTS if script.name == "run_clm_flax.py")
+    """The error is one line, and names the setting to change if the script knows it."""
+    (script,) = [script for script in SCRIPTS if script.name == "run_clm_flax.py"]
     place = Place(script, tmp_path)
     configure(place, family)
     config = json.loads((place.model / "config.json").read_text())
-    (place.model / "config.json").write_text(json.dumps(config | settings))
+    (place.model / "config.json").write_text(json.dumps({**config, **settings}))
     run = place.run("none", model_type=family, max_steps=1)
     assert run.returncode == 1
     (line,) = run.lines
@@ -183,23 +201,27 @@ def test_sizes_that_do_not_fit_together(tmp_path, family, settings, words):
     assert not (tmp_path / "none").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------- README
+# ---------------------------------------------------------------------------------------
+# README
+# ---------------------------------------------------------------------------------------
 
-COLUMNS = {  # of the table
+# {column of the table: scripts}
+COLUMNS = {
     "masked": ("run_mlm_flax.py", "run_mlm_flax_stream.py"),
     "causal": ("run_clm_flax.py",),
     "span-masked": ("run_t5_mlm_flax.py",),
     "denoising": ("run_bart_dlm_flax.py",),
 }
+# Where the table is in the README.
 MARKED = re.compile(r"(?ms)(?<=^<!-- families -->\n)(.*?)(?=^<!-- end of families -->$)")
 
 
 def table() -> str:
-    """Markdown; what is in it has passed `test_family`."""
-    tested = {
-        column: {family.partition(",")[0] for name in scripts for family in FAMILIES[name]}
-        for column, scripts in COLUMNS.items()
-    }
+    """Return the table of families in Markdown. Those that it marks are tested by `test_family`."""
+    tested = {}
+    for column, scripts in COLUMNS.items():
+        names = [family for script in scripts for family in FAMILIES[script]]
+        tested[column] = {name.partition(",")[0] for name in names}
     lines = [
         f"| `--model_type` | {' | '.join(COLUMNS)} | |",
         "|---|" + ":---:|" * len(COLUMNS) + "---|",
@@ -211,13 +233,12 @@ def table() -> str:
 
 
 def test_readme_has_the_table():
-    assert MARKED.search(README.read_text("utf-8"))[1].strip() == table(), (
-        "python tests/test_families.py writes it"
-    )
+    found = MARKED.search(README.read_text("utf-8"))[1].strip()
+    assert found == table(), "python tests/test_families.py writes it"
 
 
-def test_every_family_of_transformers_is_in_it():
-    """Of the Flax classes that Transformers has for each objective, those that learn from text alone."""
+def test_every_family_of_transformers_is_in_the_table():
+    """For masked and causal language modeling, they are those for which it has a Flax class."""
     from transformers.models.auto import modeling_flax_auto as auto
 
     assert FAMILIES["run_mlm_flax.py"].keys() == auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
@@ -225,5 +246,5 @@ def test_every_family_of_transformers_is_in_it():
 
 
 if __name__ == "__main__":
-    text = README.read_text("utf-8")
-    README.write_text(MARKED.sub(lambda _: f"\n{table()}\n\n", text), encoding="utf-8")
+    readme = README.read_text("utf-8")
+    README.write_text(MARKED.sub(lambda _: f"\n{table()}\n\n", readme), encoding="utf-8")

@@ -1,6 +1,7 @@
-"""The same training on one device, on eight, and on two processes with four devices each.
+"""Training is the same on one device, on eight, and on two processes with four devices each.
 
-How processes stop and resume together is in what the scripts have word for word in common: the template shows it.
+The code with which processes stop and resume together is word for word the same in all scripts, so
+its tests run only for the template.
 """
 
 import json
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 from training_scripts import SCRIPTS, TEMPLATE, Place, checkpoints, template_alone
 
-STEPS, FEWER_STEPS = 30, 12
+STEPS = 30
+FEWER_STEPS = 12
+SAVE_STEPS = 3
 TRAINING = {
     "max_steps": STEPS,
-    "save_steps": 3,
+    "save_steps": SAVE_STEPS,
     "save_total_limit": 20,
     "logging_steps": 1,
     "eval_steps": 20,
@@ -30,13 +33,15 @@ EIGHT_DEVICES = {
 
 
 def training(place: Place) -> dict:
-    """Of the other scripts no run is resumed here."""
+    """Return the flags of a run. Only runs of the template are resumed; the others are shorter."""
+    if place.script is TEMPLATE:
+        return TRAINING
     fewer = {"max_steps": FEWER_STEPS, "save_steps": FEWER_STEPS, "eval_steps": FEWER_STEPS // 2}
-    return TRAINING if place.script is TEMPLATE else {**TRAINING, **fewer}
+    return {**TRAINING, **fewer}
 
 
 def losses(output_dir: Path) -> dict[int, float]:
-    """Step to training loss, from TensorBoard."""
+    """Return {step: training loss} from TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -44,9 +49,8 @@ def losses(output_dir: Path) -> dict[int, float]:
     for path in output_dir.glob("events.out.tfevents.*"):
         events = EventAccumulator(str(path), size_guidance={"tensors": 0}).Reload()
         if "train_loss" in events.Tags()["tensors"]:
-            values.update(
-                (e.step, float(make_ndarray(e.tensor_proto))) for e in events.Tensors("train_loss")
-            )
+            for event in events.Tensors("train_loss"):
+                values[event.step] = float(make_ndarray(event.tensor_proto))
     return values
 
 
@@ -55,25 +59,26 @@ def evaluation(output_dir: Path) -> dict[str, float]:
 
 
 def start_cluster(place: Place, output_dir: str, first=(), **flags):
-    """Two processes with four devices each; the second has an output directory of its own, which it must not touch.
-    `first` are options of the first process alone."""
+    """Start two processes with four devices each and return their runs.
+
+    The second process has an output directory of its own, which it must not create. `first` are
+    options of the first process alone.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     options = {**training(place), **EIGHT_DEVICES, "distributed": True, "devices": 4, **flags}
+    first_env = {**cluster, "JAX_PROCESS_ID": "0"}
+    second_env = {**cluster, "JAX_PROCESS_ID": "1"}
     return [
-        place.start(
-            folder,
-            **options,
-            env={**cluster, "JAX_PROCESS_ID": str(i)},
-            **(dict(first) if i == 0 else {}),
-        )
-        for i, folder in enumerate((output_dir, f"{output_dir}-of-the-second"))
+        place.start(output_dir, **options, **dict(first), env=first_env),
+        place.start(f"{output_dir}-of-the-second", **options, env=second_env),
     ]
 
 
 def finish_cluster(place: Place, output_dir: str, **flags) -> Path:
+    """Run two processes to the end, and return the output directory of the first."""
     for run in start_cluster(place, output_dir, **flags):
         run.wait(240)
         assert (run.returncode, run.lines) == (0, [])
@@ -88,6 +93,7 @@ def place(script, tmp_path_factory) -> Place:
 
 @pytest.fixture(scope="module")
 def one_device(place) -> Path:
+    """The output directory of a run on one device."""
     run = place.run("one_device", **training(place), **ONE_DEVICE, devices=1)
     assert (run.returncode, run.lines) == (0, [])
     assert len(losses(place.directory / "one_device")) == training(place)["max_steps"]
@@ -96,15 +102,17 @@ def one_device(place) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(place) -> Path:
+    """The output directory of a run on two processes."""
     return finish_cluster(place, "two_processes")
 
 
 def check_same(a: Path, b: Path):
+    """Check that two runs have the same losses, up to rounding."""
     assert losses(a) == pytest.approx(losses(b), rel=0, abs=1e-4)
     assert evaluation(a) == pytest.approx(evaluation(b), rel=1e-4)
 
 
-def test_eight_devices_with_accumulation_are_as_one(place, one_device):
+def test_eight_devices_with_accumulation_train_as_one(place, one_device):
     run = place.run("eight_devices", **training(place), **EIGHT_DEVICES, devices=8)
     assert (run.returncode, run.lines) == (0, [])
     check_same(place.directory / "eight_devices", one_device)
@@ -113,12 +121,12 @@ def test_eight_devices_with_accumulation_are_as_one(place, one_device):
 @pytest.mark.parametrize(
     "script", [script for script in SCRIPTS if not script.is_stream], ids=str, indirect=True
 )
-def test_two_processes_are_as_one(two_processes, one_device):
+def test_two_processes_train_as_one(two_processes, one_device):
     check_same(two_processes, one_device)
 
 
 @template_alone
-def test_accumulation_is_as_a_larger_batch(place, one_device):
+def test_accumulation_trains_as_a_larger_batch(place, one_device):
     batches = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4,
@@ -131,52 +139,58 @@ def test_accumulation_is_as_a_larger_batch(place, one_device):
 
 @template_alone
 def test_the_comparison_can_fail(place, one_device):
-    run = place.run(
-        "other",
-        **{**TRAINING, **ONE_DEVICE, "max_steps": 3, "per_device_train_batch_size": 8},
-        devices=1,
-    )
+    flags = {**TRAINING, **ONE_DEVICE, "max_steps": 3, "per_device_train_batch_size": 8}
+    run = place.run("other", **flags, devices=1)
     assert run.returncode == 0
-    other, one = losses(place.directory / "other"), losses(one_device)
-    assert any(abs(other[step] - one[step]) > 1e-3 for step in other)
+    expected = losses(one_device)
+    found = losses(place.directory / "other")
+    assert any(abs(loss - expected[step]) > 1e-3 for step, loss in found.items())
+
+
+def wait_until(condition, runs, seconds: float):
+    """Wait until `condition()` is true. No run may end before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert all(run.poll() is None for run in runs), [run.stderr for run in runs]
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @template_alone
 def test_stopped_and_killed_processes_resume(place, two_processes):
-    """SIGTERM to the second process alone stops both at one step; then SIGKILL in a save; then on to the end."""
+    """SIGTERM to one process, then SIGKILL during a save, then a run to the end."""
     output_dir = place.directory / "resumed"
+
+    # SIGTERM to the second process alone stops both at the same step.
     runs = start_cluster(place, "resumed")
-    end = time.monotonic() + 120
-    while not checkpoints(output_dir):
-        assert all(run.poll() is None for run in runs), [run.stderr for run in runs]
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_until(lambda: checkpoints(output_dir), runs, 120)
     runs[1].send_signal(signal.SIGTERM)
     for run in runs:
         run.wait()
         assert (run.returncode, run.lines) == (143, [])
     stopped = checkpoints(output_dir)[-1]
-    assert stopped == max(losses(output_dir)) < STEPS - 3
+    killed = STEPS - SAVE_STEPS
+    assert stopped == max(losses(output_dir)) < killed
 
-    kill_at = [rf"^rename .*/checkpoints/{STEPS - 3}$"]
-    runs = start_cluster(place, "resumed", first={"kill_at": kill_at}.items())
+    kill_at = [rf"^rename .*/checkpoints/{killed}$"]
+    runs = start_cluster(place, "resumed", first={"kill_at": kill_at})
     runs[0].wait()
     runs[1].kill()
     assert runs[0].returncode == 137, runs[0].stderr
-    assert stopped <= checkpoints(output_dir)[-1] < STEPS - 3
+    assert stopped <= checkpoints(output_dir)[-1] < killed
 
     assert finish_cluster(place, "resumed") == output_dir
     assert sorted(losses(output_dir)) == list(range(1, STEPS + 1))
     for name in ("flax_model.msgpack", "model.safetensors", "eval_results.json"):
         assert (output_dir / name).read_bytes() == (two_processes / name).read_bytes()
-    assert sorted(os.listdir(output_dir / "checkpoints")) == sorted(
-        map(str, checkpoints(output_dir))
-    )
+    # Nothing temporary is left.
+    names = os.listdir(output_dir / "checkpoints")
+    assert sorted(names) == sorted(map(str, checkpoints(output_dir)))
 
 
 @template_alone
 def test_an_error_of_one_process_ends_both(place):
-    """Only the first sees that output_dir is a file; the second must not wait for it for ever."""
+    """Only the first process sees that output_dir is a file. The second must not wait forever."""
     (place.directory / "a_file").write_text("mine")
     runs = start_cluster(place, "a_file")
     for run in runs:
@@ -188,7 +202,10 @@ def test_an_error_of_one_process_ends_both(place):
 
 
 def slow_start(script):
-    """To tokenize takes half a minute a set of texts; a file `starting-PROCESS` says that it has begun."""
+    """Make tokenization take half a minute for each data set.
+
+    A file `starting-PROCESS` says that it has begun.
+    """
     import os
     import pathlib
     import time
@@ -205,13 +222,12 @@ def slow_start(script):
 
 @template_alone
 def test_sigterm_before_training(place):
-    """JAX takes the signal when a cluster is made, and would leave it to a loop that does not run yet."""
+    """The script must react itself: JAX handles the signal once the cluster is formed.
+
+    JAX would leave it to the training loop, which does not run yet.
+    """
     runs = start_cluster(place, "stopped_early", change=slow_start)
-    end = time.monotonic() + 60
-    while len(list(place.directory.glob("starting-*"))) < 2:
-        assert all(run.poll() is None for run in runs), [run.stderr for run in runs]
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: len(list(place.directory.glob("starting-*"))) == 2, runs, 60)
     start = time.monotonic()
     for run in runs:
         run.send_signal(signal.SIGTERM)
@@ -222,13 +238,14 @@ def test_sigterm_before_training(place):
 
 
 def slow_end(script):
-    """The first process takes seven seconds to write its results, and JAX waits for the end of all for three."""
+    """Make the first process write its results for 7 s, and JAX wait 3 s for the last process."""
     import functools
     import time
 
     import jax
 
-    write_results, initialize = script.write_results, jax.distributed.initialize
+    write_results = script.write_results
+    initialize = jax.distributed.initialize
 
     def slow_write_results(*args):
         time.sleep(7)
@@ -239,6 +256,6 @@ def slow_end(script):
 
 
 @template_alone
-def test_the_end_is_waited_for(place):
+def test_processes_wait_for_a_slow_end(place):
     """An upload may take longer than JAX waits for the last process to end."""
     finish_cluster(place, "slow_end", change=slow_end, max_steps=2, do_train=True)

@@ -1,6 +1,7 @@
-"""--push_to_hub of every training script, run as a user runs it, against a stand-in for the Hub on loopback.
+"""Every training script uploads with --push_to_hub to a local stand-in for the Hub.
 
-What goes wrong is in code that the scripts have word for word in common: it runs for the template alone.
+The code that handles failures is word for word the same in all scripts, so its tests run only for
+the template.
 """
 
 import re
@@ -34,7 +35,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def start(script, tmp_path_factory):
-    """A tokenizer and a configuration."""
+    """A folder with a tokenizer and a configuration."""
     directory = tmp_path_factory.mktemp("start")
     script.write_model(directory)
     return directory
@@ -42,43 +43,35 @@ def start(script, tmp_path_factory):
 
 @pytest.fixture
 def train(run_script, script, start, tmp_path):
-    """Returns a function that trains for STEPS steps of 3 saves, and returns the finished process."""
+    """A function that trains for STEPS steps with 3 saves and returns the finished process."""
 
     def train(url, *flags):
-        home = str(
-            tmp_path / "home"
-        )  # of its own: no login from elsewhere, and searched for the token
         env = {
             "HF_ENDPOINT": url,
-            "HF_HOME": home,
+            # A home of its own has no login, and is searched for the token afterwards.
+            "HF_HOME": str(tmp_path / "home"),
+            "NO_PROXY": "*",
             "HF_HUB_OFFLINE": None,
             "HF_DATASETS_CACHE": None,
-            "NO_PROXY": "*",
+            "HF_TOKEN": None,
+            "HUGGING_FACE_HUB_TOKEN": None,
+            "HF_TOKEN_PATH": None,
+            "HF_HUB_CACHE": None,
+            "XLA_FLAGS": None,
         }
-        env.update(
-            dict.fromkeys(
-                ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "XLA_FLAGS")
-            )
-        )
+        train_file = write_text(tmp_path / "train.txt", 400, seed=1)
         command = [
             script.name,
             "--push_to_hub",
             f"--output_dir={tmp_path / 'my-model'}",
             f"--config_name={start}",
-        ]
-        train_file = write_text(tmp_path / "train.txt", 400, seed=1)
-        command += [
             f"--tokenizer_name={start}",
             f"--train_file={train_file}",
             f"--{script.length_flag}=32",
-        ]
-        command += [
             "--per_device_train_batch_size=4",
             "--max_train_samples=64",
             "--max_eval_samples=16",
             *script.flags,
-        ]
-        command += [
             f"--max_steps={STEPS}",
             f"--save_steps={STEPS // 3}",
             "--logging_steps=1",
@@ -93,6 +86,7 @@ def train(run_script, script, start, tmp_path):
 
 
 def contents(folder):
+    """Return {path relative to the folder: bytes} of all files in it."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -101,7 +95,7 @@ def contents(folder):
 
 
 def check_no_token(folder, token, *texts):
-    """Neither texts nor names or contents of files below `folder`, caches and checkpoints included, have it."""
+    """Check that no text, and no name or content of a file in `folder`, contains the token."""
     for text in texts:
         assert token not in text
     for name, data in contents(folder).items():
@@ -110,15 +104,12 @@ def check_no_token(folder, token, *texts):
 
 
 def check_requests(hub):
-    """The token travels in the header that it belongs to, and nowhere else; checkpoints do not travel."""
-    assert any(
-        request.headers.get("authorization") == f"Bearer {TOKEN}" for request in hub.requests
-    )
+    """Check that only authorization headers have the token and that no checkpoint is uploaded."""
+    authorizations = [request.headers.get("authorization") for request in hub.requests]
+    assert f"Bearer {TOKEN}" in authorizations
     for request in hub.requests:
-        headers = "".join(
-            value for name, value in request.headers.items() if name != "authorization"
-        )
-        assert TOKEN not in request.path + headers
+        others = [value for name, value in request.headers.items() if name != "authorization"]
+        assert TOKEN not in request.path + "".join(others)
         assert TOKEN.encode() not in request.body
     for commit in hub.commits:
         assert TOKEN not in commit.message
@@ -126,20 +117,20 @@ def check_requests(hub):
 
 
 def check_whole(files):
-    """Config and weights are there, and both weight files hold the same weights."""
+    """Check that the model is complete and its weight files agree, and return its largest table."""
     assert set(files) >= MODEL_FILES
     params = serialization.msgpack_restore(files["flax_model.msgpack"])
     tensors = safetensors.load(files["model.safetensors"])
-    tables = {
-        path: table for path, table in flatten_dict(params).items() if path[-1] == "embedding"
-    }
-    path, table = max(tables.items(), key=lambda item: item[1].size)
-    assert (table == tensors[".".join((*path[:-1], "weight"))]).all()
-    return table
+    params = flatten_dict(params)
+    tables = [path for path in params if path[-1] == "embedding"]
+    largest = max(tables, key=lambda path: params[path].size)
+    pytorch_name = ".".join([*largest[:-1], "weight"])
+    assert (params[largest] == tensors[pytorch_name]).all()
+    return params[largest]
 
 
 def check_complete(files, output_dir):
-    """The repository is the output directory, byte for byte, but for the checkpoints."""
+    """Check that the repository has the files of the output directory, except for checkpoints."""
     local = contents(output_dir)
     assert any(name.startswith("checkpoints/") for name in local)
     local = {name: data for name, data in local.items() if not name.startswith("checkpoints/")}
@@ -155,23 +146,27 @@ def warnings(process):
 
 
 def logged_times(output_dir):
-    """{step: wall time at which its loss was written}"""
-    return {
-        event.step: event.wall_time
-        for path in output_dir.glob("events.out.tfevents.*")
-        for event in EventFileLoader(str(path)).Load()
-        if any(value.tag == "train_loss" for value in event.summary.value)
-    }
+    """Return {step: wall time at which its loss was written}."""
+    times = {}
+    for path in output_dir.glob("events.out.tfevents.*"):
+        for event in EventFileLoader(str(path)).Load():
+            if any(value.tag == "train_loss" for value in event.summary.value):
+                times[event.step] = event.wall_time
+    return times
 
 
-def test_uploads_in_the_background_and_all_of_it_in_the_end(hub, train, tmp_path):
-    """While the first upload waits, training goes on and saves again: still the Hub gets the weights of one step."""
-    hub.delay_next(
-        1, 5, where="lfs"
-    )  # the client has hashed the files, and not yet read what it will send
+def test_uploads_in_the_background_and_everything_at_the_end(hub, train, tmp_path):
+    """While the first upload is delayed, training continues and saves again.
+
+    Each commit must still have the weights of one step.
+    """
+    # At the first LFS request, the client has hashed the files but not yet read them for the
+    # upload.
+    delay = 5
+    hub.delay_next(1, delay, where="lfs")
     process = train(hub.url, f"--hub_token={TOKEN}")
     assert process.returncode == 0, process.stderr
-    assert warnings(process) == [line for line in warnings(process) if "is not uploaded" in line]
+    assert all("is not uploaded" in line for line in warnings(process))
     assert set(hub.repos) == {"user/my-model"}
     check_requests(hub)
     check_complete(hub.repos["user/my-model"], tmp_path / "my-model")
@@ -179,17 +174,16 @@ def test_uploads_in_the_background_and_all_of_it_in_the_end(hub, train, tmp_path
     assert len(hub.commits) >= 2
     weights = [check_whole(commit.files) for commit in hub.commits]
     assert (weights[0] != weights[-1]).any()
-    (asked, *_) = [
-        request.time for request in hub.requests if request.path.endswith("/objects/batch")
-    ]
+    batches = [request for request in hub.requests if request.path.endswith("/objects/batch")]
     times = logged_times(tmp_path / "my-model")
     assert sorted(times) == list(range(1, STEPS + 1))
-    assert times[2 * STEPS // 3 + 1] < asked + 5  # the step after the second save
+    step_after_second_save = 2 * STEPS // 3 + 1
+    assert times[step_after_second_save] < batches[0].time + delay
 
 
 @template_alone
-def test_a_failed_upload_is_a_warning_that_the_next_one_repairs(hub, train, start, tmp_path):
-    """Also: --token alone reads a private repository and writes to that of --hub_model_id."""
+def test_after_a_failed_upload_comes_a_warning_and_a_complete_upload(hub, train, start, tmp_path):
+    """Without --hub_token, --token reads a private repository and writes to --hub_model_id."""
     hub.add_repo("user/base", contents(start), private=True)
     hub.fail_next(1, where="commit", status=500)
     flags = [
@@ -208,16 +202,20 @@ def test_a_failed_upload_is_a_warning_that_the_next_one_repairs(hub, train, star
 
 @template_alone
 def test_a_failed_last_upload_is_an_error_that_keeps_the_files(hub, train, script, tmp_path):
-    """The Hub dies after the first upload, for good."""
-    hub.on_commit = lambda commit: hub.stop()
+    """The Hub cannot be reached any more after the first upload."""
+
+    def stop_hub(commit):
+        hub.stop()
+
+    hub.on_commit = stop_hub
     process = train(hub.url, f"--hub_token={TOKEN}")
     assert process.returncode == 1
     *others, last = process.stderr.splitlines()
     assert last.startswith(f"{script}: error: --push_to_hub: ")
     assert warnings(process)
-    assert [
-        line for line in others if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)
-    ] == []  # one line each
+    # Every message is one line.
+    for line in others:
+        assert re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line), line
     check_requests(hub)
     local = contents(tmp_path / "my-model")
     check_whole(local)
@@ -228,13 +226,14 @@ def test_a_failed_last_upload_is_an_error_that_keeps_the_files(hub, train, scrip
 
 @template_alone
 @pytest.mark.parametrize("trouble", ["wrong token", "read token", "no token", "no network"])
-def test_what_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_path, trouble):
-    """One line within seconds, and a directory of earlier work stays as it was."""
-    old = tmp_path / "my-model"
+def test_a_model_that_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_path, trouble):
+    """The error is one line within seconds, and the output directory of an earlier run is kept."""
+    output_dir = tmp_path / "my-model"
     for name in ("config.json", "checkpoints/7/state"):
-        (old / name).parent.mkdir(parents=True, exist_ok=True)
-        (old / name).write_text(f"an earlier {name}")
-    before = contents(old)
+        path = output_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"an earlier {name}")
+    before = contents(output_dir)
     hub.add_repo("user/my-model", {})
     if trouble == "wrong token":
         hub.valid_tokens = {"hf_another"}
@@ -250,7 +249,8 @@ def test_what_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_path, tr
     assert len(process.stderr.splitlines()) == 1, process.stderr
     assert process.stderr.startswith(f"{script}: error: --push_to_hub: ")
     assert "my-model" in process.stderr
-    assert trouble == "no network" or "--hub_token" in process.stderr
-    assert contents(old) == before
+    if trouble != "no network":
+        assert "--hub_token" in process.stderr
+    assert contents(output_dir) == before
     assert hub.repos == {"user/my-model": {}}
     assert len(hub.requests) < 5

@@ -1,4 +1,4 @@
-"""The stand-in for the Hub, checked with the client that it is for: huggingface_hub in a process of its own."""
+"""The stand-in for the Hub answers huggingface_hub, in a process of its own, as the Hub does."""
 
 import json
 import os
@@ -14,15 +14,28 @@ from hub_server import HubServer
 
 TOKEN = "hf_tokenOfTheTests"
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
+# Runs before the code of each test, in the client's process.
 PRELUDE = """
-import json, os, sys
+import json
+import os
+import sys
+
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import *
-api, folder = HfApi(token=os.environ.get("TOKEN", False)), os.environ["FOLDER"]
+
+api = HfApi(token=os.environ.get("TOKEN", False))
+folder = os.environ["FOLDER"]
+
+
 def upload(message="A commit", **arguments):
-    return api.upload_folder(repo_id="user/model", folder_path=folder, commit_message=message, **arguments)
+    arguments = {"repo_id": "user/model", "folder_path": folder, **arguments}
+    return api.upload_folder(commit_message=message, **arguments)
+
+
 def show(value):
     print(json.dumps(value))
+
+
 """
 
 
@@ -34,7 +47,7 @@ def hub():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small output directory of a training run."""
+    """A small folder with the kinds of files that a training run writes."""
     files = {
         "config.json": b'{"model_type": "roberta"}',
         "flax_model.msgpack": os.urandom(300_000),
@@ -44,13 +57,16 @@ def folder(tmp_path):
         "empty.txt": b"",
         "checkpoints/5/state": b"state",
     }
+    directory = tmp_path / "out"
     for name, data in files.items():
-        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "out" / name).write_bytes(data)
-    return tmp_path / "out"
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return directory
 
 
 def contents(folder):
+    """Return {path relative to the folder: bytes} of all files in it."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -59,17 +75,18 @@ def contents(folder):
 
 
 def client(hub, folder, code, token=TOKEN):
-    """Runs code after PRELUDE against the server; returns what it shows, one value for each `show`."""
-    env = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
-    }
-    env.update(
-        HF_ENDPOINT=hub.url, HF_HOME=str(folder.parent / "home"), FOLDER=str(folder), NO_PROXY="*"
-    )
+    """Run code after PRELUDE against the server, and return the values that it passes to `show`."""
+    env = dict(os.environ)
+    for name in os.environ:
+        if name.startswith(("HF_", "HUGGING")):
+            del env[name]
+    env["HF_ENDPOINT"] = hub.url
+    env["HF_HOME"] = str(folder.parent / "home")
+    env["FOLDER"] = str(folder)
+    env["NO_PROXY"] = "*"
     if token:
         env["TOKEN"] = token
-    code = PRELUDE + textwrap.dedent(code)
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", PRELUDE + textwrap.dedent(code)]
     result = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=60, check=False
     )
@@ -88,7 +105,8 @@ def test_create_upload_list_and_download(hub, folder):
         show(upload(ignore_patterns=["checkpoints/*"]).oid)
         show(api.repo_info("user/model").sha)
         show(sorted(api.list_repo_files("user/model")))
-        show([api.file_exists("user/model", name) for name in ("config.json", "model.safetensors", "none.json")])
+        names = ("config.json", "model.safetensors", "none.json")
+        show([api.file_exists("user/model", name) for name in names])
         for name in ("config.json", "model.safetensors"):
             show(hf_hub_download("user/model", name, token=api.token))
         show(snapshot_download("user/model", token=api.token))
@@ -97,8 +115,9 @@ def test_create_upload_list_and_download(hub, folder):
     local = {
         name: data for name, data in contents(folder).items() if not name.startswith("checkpoints")
     }
-    user, name, again, oid, sha, listed, exist, config, weights, snapshot = shown
-    assert (user, name, again) == ("user", "user/model", "user/model")
+    user, repo_id, second_repo_id, oid, sha, listed, exist, config, weights, snapshot = shown
+    assert user == "user"
+    assert repo_id == second_repo_id == "user/model"
     assert oid == sha == hub.commits[0].oid
     assert listed == sorted(local)
     assert exist == [True, True, False]
@@ -107,28 +126,29 @@ def test_create_upload_list_and_download(hub, folder):
     assert contents(Path(snapshot)) == local
     assert hub.repos == {"user/model": local}
     assert hub.private == {"user/model"}
-    assert [commit[:2] for commit in hub.commits] == [("user/model", "A commit")]
-    assert sorted(hub.commits[0].paths) == sorted(local)
+    (commit,) = hub.commits
+    assert (commit.repo_id, commit.message) == ("user/model", "A commit")
+    assert sorted(commit.paths) == sorted(local)
 
 
 def test_large_files_travel_by_git_lfs(hub, folder):
     client(hub, folder, "api.create_repo('model'); upload()")
     log = hub.request_log()
     assert log.count("POST /user/model.git/info/lfs/objects/batch") == 1
-    assert (
-        sum(line.startswith("PUT /storage/user/model/") for line in log) == 3
-    )  # two weight files and the events
+    # Two files with weights and one with events.
+    assert sum(line.startswith("PUT /storage/user/model/") for line in log) == 3
     assert log.count("POST /user/model.git/info/lfs/verify") == 3
     assert all("xet" not in line for line in log)
     commit = next(request.body for request in hub.requests if "/commit/" in request.path)
-    kinds = {
-        line["value"]["path"]: line["key"] for line in map(json.loads, commit.splitlines()[1:])
-    }
-    lfs_files = {name for name, kind in kinds.items() if kind == "lfsFile"}
+    lfs_files = set()
+    for line in commit.splitlines()[1:]:
+        edit = json.loads(line)
+        if edit["key"] == "lfsFile":
+            lfs_files.add(edit["value"]["path"])
     assert lfs_files == {"flax_model.msgpack", "model.safetensors", "events.out.tfevents.1"}
 
 
-def test_a_second_commit_holds_what_changed(hub, folder):
+def test_a_second_commit_has_only_the_changes(hub, folder):
     client(
         hub,
         folder,
@@ -144,28 +164,24 @@ def test_a_second_commit_holds_what_changed(hub, folder):
         """,
     )
     assert [commit.message for commit in hub.commits] == ["One", "Two"]
-    changed = {
-        path
-        for path in hub.commits[1].paths
-        if hub.commits[0].files[path] != hub.commits[1].files.get(path)
-    }
+    first, second = hub.commits
+    changed = {path for path in second.paths if first.files[path] != second.files.get(path)}
     assert changed == {"config.json", "model.safetensors", "empty.txt"}
     assert "empty.txt" not in hub.repos["user/model"]
     uploads = [line for line in hub.request_log() if line.startswith("PUT")]
     assert len(uploads) == len(set(uploads)) == 4
 
 
-def test_requests_carry_the_token_in_one_header_alone(hub, folder):
+def test_requests_have_the_token_in_one_header_only(hub, folder):
     client(hub, folder, "api.create_repo('model'); upload(); api.list_repo_files('user/model')")
-    assert (
-        sum(request.headers.get("authorization") == f"Bearer {TOKEN}" for request in hub.requests)
-        > 5
-    )
+    authorizations = [request.headers.get("authorization") for request in hub.requests]
+    assert authorizations.count(f"Bearer {TOKEN}") > 5
     for request in hub.requests:
         others = {name: value for name, value in request.headers.items() if name != "authorization"}
         assert TOKEN not in request.path + json.dumps(others)
         assert TOKEN.encode() not in request.body
-        if request.method == "PUT":  # storage is another host
+        # On the real Hub, storage is another host.
+        if request.method == "PUT":
             assert "authorization" not in request.headers
 
 
@@ -182,7 +198,12 @@ def test_a_wrong_or_missing_token_is_refused(hub, folder, token, message):
         hub,
         folder,
         """
-        for call in (lambda: api.create_repo("other"), lambda: api.create_repo("model", exist_ok=True), upload):
+        calls = (
+            lambda: api.create_repo("other"),
+            lambda: api.create_repo("model", exist_ok=True),
+            upload,
+        )
+        for call in calls:
             try:
                 call()
             except HfHubHTTPError as error:
@@ -195,7 +216,7 @@ def test_a_wrong_or_missing_token_is_refused(hub, folder, token, message):
 
 
 def test_a_token_that_may_only_read_writes_nothing(hub, folder):
-    """Where it names the namespace, the client takes the refusal to create what exists for "it exists"."""
+    """A refused `create_repo` of an existing "user/model" is fine for the client, with exist_ok."""
     hub.read_tokens = {TOKEN}
     hub.add_repo("user/model", {}, private=True)
     shown = client(
@@ -203,8 +224,13 @@ def test_a_token_that_may_only_read_writes_nothing(hub, folder):
         folder,
         """
         show(api.whoami()["auth"]["accessToken"]["role"])
-        names = ("user/model", "model", "new")
-        for call in (*(lambda name=name: api.create_repo(name, exist_ok=True) for name in names), upload):
+        calls = (
+            lambda: api.create_repo("user/model", exist_ok=True),
+            lambda: api.create_repo("model", exist_ok=True),
+            lambda: api.create_repo("new", exist_ok=True),
+            upload,
+        )
+        for call in calls:
             try:
                 call()
             except HfHubHTTPError as error:
@@ -217,22 +243,25 @@ def test_a_token_that_may_only_read_writes_nothing(hub, folder):
     assert hub.repos == {"user/model": {}}
 
 
-def test_refusals_have_the_types_that_the_client_knows(hub, folder):
+def test_refusals_raise_the_exceptions_of_the_client(hub, folder):
     hub.add_repo("user/model", {"config.json": b"{}"})
     hub.add_repo("user/secret", {"config.json": b"{}"}, private=True)
     shown = client(
         hub,
         folder,
         """
-        for call in (
+        calls = (
             lambda: api.create_repo("elsewhere/model"),
             lambda: api.model_info("user/none"),
             lambda: hf_hub_download("user/model", "none.json", token=False),
             lambda: hf_hub_download("user/model", "config.json", revision="none", token=False),
             lambda: hf_hub_download("user/secret", "config.json", token=False),
             lambda: api.list_repo_tree("user/model", "none").__next__(),
-            lambda: api.create_commit("user/model", [], commit_message="Later", parent_commit="1" * 40),
-        ):
+            lambda: api.create_commit(
+                "user/model", [], commit_message="Later", parent_commit="1" * 40
+            ),
+        )
+        for call in calls:
             try:
                 call()
             except HfHubHTTPError as error:
@@ -249,16 +278,18 @@ def test_refusals_have_the_types_that_the_client_knows(hub, folder):
         ["RevisionNotFoundError", 404],
         ["RepositoryNotFoundError", 401],
         ["EntryNotFoundError", 404],
-        "fine",  # an empty commit is never sent
+        # The client never sends an empty commit.
+        "fine",
         "config.json",
     ]
 
 
-def test_faults_strike_where_and_as_often_as_asked(hub, folder):
+def test_faults_hit_the_given_requests_the_given_number_of_times(hub, folder):
     hub.fail_next(1, where="create", status=503)
     hub.fail_next(1, where="preupload")
     hub.fail_next(1, where="lfs", status=502)
-    hub.fail_next(1, where="object", status=403)  # storage, repeated by the client for 5xx only
+    # The client repeats an upload to storage only for a status of 5xx.
+    hub.fail_next(1, where="object", status=403)
     hub.fail_next(1, where="commit", status=504)
     hub.fail_next(1, where="commit", status=None)
     shown = client(
@@ -282,7 +313,7 @@ def test_faults_strike_where_and_as_often_as_asked(hub, folder):
 
 
 def test_a_file_that_changes_while_it_is_uploaded_is_refused(hub, folder):
-    """The client hashes first and reads again later: what a running program still writes must not be uploaded."""
+    """The client hashes a file and reads it again later. It may have changed in between."""
     shown = client(
         hub,
         folder,
@@ -320,7 +351,7 @@ def test_a_model_card_is_checked(hub, folder):
     assert hub.commits == []
 
 
-def test_stop_breaks_connections_off_and_refuses_new_ones(hub, folder):
+def test_stop_breaks_off_connections_and_refuses_new_ones(hub, folder):
     hub.delay_next(1, 30)
     code = """
         api.create_repo("model")
@@ -330,8 +361,13 @@ def test_stop_breaks_connections_off_and_refuses_new_ones(hub, folder):
             except Exception as error:
                 show(type(error).__name__)
         """
-    shown, started = [], time.monotonic()
-    thread = threading.Thread(target=lambda: shown.extend(client(hub, folder, code)))
+    shown = []
+
+    def run_client():
+        shown.extend(client(hub, folder, code))
+
+    started = time.monotonic()
+    thread = threading.Thread(target=run_client)
     thread.start()
     while not any("/commit/" in line for line in hub.request_log()):
         time.sleep(0.02)
@@ -346,13 +382,23 @@ def test_stop_breaks_connections_off_and_refuses_new_ones(hub, folder):
 def test_commits_can_be_slow_and_watched(hub, folder):
     hub.delay_next(1, 0.5)
     seen = []
-    hub.on_commit = lambda commit: seen.append((commit.message, time.time()))
+
+    def record(commit):
+        seen.append((commit.message, time.time()))
+
+    hub.on_commit = record
     client(
         hub,
         folder,
-        "api.create_repo('model'); upload('One'); open(folder + '/new', 'w').close(); upload('Two')",
+        """
+        api.create_repo("model")
+        upload("One")
+        open(folder + "/new", "w").close()
+        upload("Two")
+        """,
     )
     assert [message for message, _ in seen] == ["One", "Two"]
-    asked = [request.time for request in hub.requests if "/commit/" in request.path]
-    assert 0.5 <= seen[0][1] - asked[0] < seen[1][1] - asked[0]
+    first_request = next(request.time for request in hub.requests if "/commit/" in request.path)
+    delays = [seen_at - first_request for _, seen_at in seen]
+    assert 0.5 <= delays[0] < delays[1]
     assert "new" in hub.commits[1].paths

@@ -1,7 +1,8 @@
-"""Learning is real: in a minute or two each objective beats the best constant guess, on text that it has not seen.
+"""In a minute or two each objective learns to beat the best constant guess on text it has not seen.
 
-The best constant guess of the evaluation's targets is their own distribution, whose cross-entropy is the entropy. It
-knows the evaluation text; the model does not. Masked language modeling needs longer: see the quickstart.
+The best constant guess of the evaluation's targets is their own distribution, and its cross-entropy
+is their entropy. The guess knows the evaluation text, the model does not. Masked language modeling
+takes longer: see the quickstart.
 """
 
 import json
@@ -48,32 +49,27 @@ def entropy(tokens: np.ndarray) -> float:
 
 def eval_tokens(tokenizer, file, block: int) -> np.ndarray:
     """The tokens of the first evaluation blocks, all texts end to end."""
-    lines = [
-        line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.strip()
-    ]
-    ids = [i for text in tokenizer(lines, verbose=False)["input_ids"] for i in text]
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [line for line in lines if line.strip()]
+    texts = tokenizer(lines, verbose=False)["input_ids"]
+    ids = [token for text in texts for token in text]
     return np.array(ids[: FLAGS["max_eval_samples"] * block])
 
 
 def train(run_script, script: str, directory, files, **flags) -> float:
-    """The evaluation's loss after training on one device."""
+    """Train on one device. Return the loss of the evaluation."""
     places = {
         "output_dir": directory,
         "config_name": directory,
         "train_file": files[0],
         "validation_file": files[1],
     }
-    flags = {**FLAGS, **places, **flags}
-    done = run_script(
-        [
-            script,
-            *(
-                f"--{name}" if value is True else f"--{name}={value}"
-                for name, value in flags.items()
-            ),
-        ],
-        env={"XLA_FLAGS": None, "JAX_DISABLE_MOST_OPTIMIZATIONS": None},  # fast, on one device
-    )
+    argv = [script]
+    for name, value in {**FLAGS, **places, **flags}.items():
+        argv.append(f"--{name}" if value is True else f"--{name}={value}")
+    # One device, and programs with all optimizations, which run faster.
+    env = {"XLA_FLAGS": None, "JAX_DISABLE_MOST_OPTIMIZATIONS": None}
+    done = run_script(argv, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads((directory / "eval_results.json").read_text())["eval_loss"]
 
@@ -90,18 +86,11 @@ def test_causal(run_script, tmp_path, files, byte_level):
 
 
 def test_span_masked(run_script, tmp_path, files):
-    """The best guess here knows, too, which sentinel is next, but not whether it comes now."""
+    """The best guess also knows which sentinel is the next one, but not whether it comes now."""
     from transformers import AutoTokenizer, T5Config
 
-    status = t5_tokenizer_model.main(
-        [
-            "--train_file",
-            str(files[0]),
-            "--vocab_size=4000",
-            f"--output_dir={tmp_path}",
-            f"--max_length={LENGTH}",
-        ]
-    )
+    flags = ["--vocab_size=4000", f"--output_dir={tmp_path}", f"--max_length={LENGTH}"]
+    status = t5_tokenizer_model.main(["--train_file", str(files[0]), *flags])
     assert status == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     sizes = {
@@ -117,12 +106,15 @@ def test_span_masked(run_script, tmp_path, files):
     loss = train(
         run_script, "run_t5_mlm_flax.py", tmp_path, files, tokenizer_name=tmp_path, **settings
     )
-    num_noise, num_spans = 48, 16  # of the 95 tokens that make 64: half of them, 3 on average
+    # 64 inputs are made of 95 tokens. Half of them are left out, in spans of 3 on average.
+    num_noise = 48
+    num_spans = 16
     tokens = eval_tokens(tokenizer, files[1], 95)
-    spans = math.log(
-        math.comb(num_noise - 1, num_spans - 1)
-    )  # all ways to cut the noise into spans alike
-    assert loss < (num_noise * entropy(tokens) + spans) / (num_noise + num_spans + 1) - 0.1
+    # All ways to cut the noise into spans are equally likely.
+    entropy_of_spans = math.log(math.comb(num_noise - 1, num_spans - 1))
+    num_targets = num_noise + num_spans + 1
+    best_guess = (num_noise * entropy(tokens) + entropy_of_spans) / num_targets
+    assert loss < best_guess - 0.1
 
 
 def test_denoising(run_script, tmp_path, files, byte_level):
@@ -132,8 +124,7 @@ def test_denoising(run_script, tmp_path, files, byte_level):
     sizes = {"d_model": 128, "max_position_embeddings": LENGTH}
     for side in ("encoder", "decoder"):
         sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 512}
-    BartConfig(vocab_size=len(tokenizer), **sizes, dropout=0.0, init_std=0.08).save_pretrained(
-        tmp_path
-    )
+    config = BartConfig(vocab_size=len(tokenizer), **sizes, dropout=0.0, init_std=0.08)
+    config.save_pretrained(tmp_path)
     loss = train(run_script, "run_bart_dlm_flax.py", tmp_path, files, tokenizer_name=directory)
     assert loss < entropy(eval_tokens(tokenizer, files[1], LENGTH)) - 0.3

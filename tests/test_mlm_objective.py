@@ -1,8 +1,9 @@
-"""The objective of run_mlm_flax.py against independent references: masking, whole words, and the loss.
+"""The objective of run_mlm_flax.py against independent references: masking, whole words, and loss.
 
-Statistics are held to 5 standard deviations. A count of N independent draws of probability p has the mean N * p and
-the standard deviation sqrt(N * p * (1 - p)), so that a right program fails such a check for one seed in 1.7 million,
-and with the fixed seeds of these tests always or never.
+Statistics have to be within 5 standard deviations. A count of N independent draws of probability p
+has the mean N * p and the standard deviation sqrt(N * p * (1 - p)). So a correct program fails such
+a check for one seed in 1.7 million. Since the seeds of these tests are fixed, it fails always or
+never.
 """
 
 import dataclasses
@@ -35,14 +36,12 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 
 def make_tokenizer(vocab_size: int = VOCAB_SIZE):
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), vocab_size))]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **dict(zip(names, SPECIAL, strict=True))
-    )
+    named = dict(zip(names, SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def generator(seed: int = 0, skip: int = 0):
 
 
 def make_rows(rows: int, length: int, seed: int = 0, low: int = len(SPECIAL)):
-    """[CLS], random words with an [UNK] here and there, [SEP], padding of every length up to a third."""
+    """Rows of [CLS], random words with 2% [UNK], [SEP], and padding of up to a third of the row."""
     rng = np.random.default_rng(seed)
     input_ids = rng.integers(low, VOCAB_SIZE, (rows, length), dtype=np.int32)
     input_ids[rng.random((rows, length)) < 0.02] = UNK
@@ -67,34 +66,35 @@ def make_rows(rows: int, length: int, seed: int = 0, low: int = len(SPECIAL)):
 
 
 def mask_rows(collator, input_ids, rng, group_size, continues_word=None):
-    """What the model is shown, and the labels; `input_ids` stays as it is."""
-    examples = {
-        "input_ids": input_ids.copy(),
-        "attention_mask": (input_ids != PAD).astype(np.int32),
-    }
+    """Mask a copy of `input_ids`. Return what the model is shown, and the labels."""
+    attention_mask = (input_ids != PAD).astype(np.int32)
+    examples = {"input_ids": input_ids.copy(), "attention_mask": attention_mask}
     if continues_word is not None:
         examples["continues_word"] = continues_word.copy()
     batch = collator(examples, rng, group_size)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"].dtype == batch["labels"].dtype == np.int32
     assert batch["input_ids"].shape == batch["labels"].shape == input_ids.shape
-    assert (batch["attention_mask"] == (input_ids != PAD)).all()
+    assert (batch["attention_mask"] == attention_mask).all()
     return batch["input_ids"], batch["labels"]
 
 
-def assert_binomial(count: int, trials: int, probability: float):
+def assert_binomial(count, trials, probability: float):
+    count = int(count)
+    trials = int(trials)
+    mean = trials * probability
     deviation = math.sqrt(trials * probability * (1 - probability))
-    assert abs(count - trials * probability) < 5 * deviation, (
-        count,
-        trials * probability,
-        deviation,
-    )
+    assert abs(count - mean) < 5 * deviation, (count, mean, deviation)
 
 
 def assert_uniform(counts: np.ndarray):
-    """Pearson's chi-squared, made normal by Wilson and Hilferty's cube root: (X / k) ** (1/3) has the mean
-    1 - 2 / (9 k) and the variance 2 / (9 k), for k = categories - 1 degrees of freedom. Too even is wrong, too."""
-    expected, k = counts.sum() / len(counts), len(counts) - 1
+    """Pearson's chi-squared test. Counts that are too even fail, too.
+
+    The statistic is made normal by the cube root of Wilson and Hilferty: (X / k) ** (1/3) has the
+    mean 1 - 2 / (9 k) and the variance 2 / (9 k), for k = categories - 1 degrees of freedom.
+    """
+    expected = counts.sum() / len(counts)
+    k = len(counts) - 1
     assert expected > 20
     statistic = ((counts - expected) ** 2 / expected).sum()
     z = ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
@@ -102,7 +102,7 @@ def assert_uniform(counts: np.ndarray):
     assert counts.min() > 0
 
 
-# ------------------------------------------------------------------------------------------------------ masking
+# ------------------------------------------------------------------------------------------ masking
 
 
 @pytest.mark.parametrize("probability", [0.15, 0.4])
@@ -111,9 +111,11 @@ def test_masking_statistics(tokenizer, probability):
     input_ids = make_rows(2800, length)
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, length, probability)
     shown, labels = mask_rows(collator, input_ids, generator(1), group_size=8)
-    ordinary, predicted = input_ids >= len(SPECIAL), labels != -100
+    ordinary = input_ids >= len(SPECIAL)
+    predicted = labels != -100
 
-    num_ordinary, num_predicted = int(ordinary.sum()), int(predicted.sum())
+    num_ordinary = int(ordinary.sum())
+    num_predicted = int(predicted.sum())
     assert num_ordinary > 1_000_000
     assert not (predicted & ~ordinary).any()
     assert (labels[predicted] == input_ids[predicted]).all()
@@ -122,31 +124,43 @@ def test_masking_statistics(tokenizer, probability):
 
     # A random token is the mask token, or the token itself, once in VOCAB_SIZE times each.
     chance = 0.1 / VOCAB_SIZE
-    assert_binomial(int((shown[predicted] == MASK).sum()), num_predicted, 0.8 + chance)
-    assert_binomial(
-        int((shown[predicted] == input_ids[predicted]).sum()), num_predicted, 0.1 + chance
-    )
-
-    # Neighbours, in the row and in the column, are drawn independently of each other. Of N pairs that overlap in one
-    # token each, both are predicted with variance N p^2 (1 - p^2) + 2 N (p^3 - p^4).
-    p = probability
-    for a, b in (((..., slice(1, None)), (..., slice(-1))), (slice(1, None), slice(-1))):
-        trials, both = (ordinary[a] & ordinary[b]).sum(), (predicted[a] & predicted[b]).sum()
-        variance = trials * (p**2 * (1 - p**2) + 2 * (p**3 - p**4))
-        assert abs(both - trials * p**2) < 5 * math.sqrt(variance)
-    # What a predicted token becomes does not depend on its neighbour's fate either, nor on its place in the row.
     masked = predicted & (shown == MASK)
-    pairs = predicted[:, 1:] & predicted[:, :-1]
-    assert_binomial(
-        int((masked[:, 1:] & masked[:, :-1]).sum()), int(pairs.sum()), (0.8 + chance) ** 2
+    unchanged = predicted & (shown == input_ids)
+    assert_binomial(masked.sum(), num_predicted, 0.8 + chance)
+    assert_binomial(unchanged.sum(), num_predicted, 0.1 + chance)
+
+    # Neighbors in a row or in a column are drawn independently of each other.
+    assert_independent(
+        ordinary[:, 1:], ordinary[:, :-1], predicted[:, 1:], predicted[:, :-1], probability
     )
-    half = length // 3
-    assert_binomial(int(predicted[:, :half].sum()), int(ordinary[:, :half].sum()), probability)
+    assert_independent(ordinary[1:], ordinary[:-1], predicted[1:], predicted[:-1], probability)
+
+    # What replaces a predicted token does not depend on its neighbor either.
+    pairs = predicted[:, 1:] & predicted[:, :-1]
+    masked_pairs = masked[:, 1:] & masked[:, :-1]
+    assert_binomial(masked_pairs.sum(), pairs.sum(), (0.8 + chance) ** 2)
+
+    # Nor does the choice of predicted tokens depend on the place in the row.
+    third = length // 3
+    assert_binomial(predicted[:, :third].sum(), ordinary[:, :third].sum(), probability)
+
+
+def assert_independent(ordinary, other_ordinary, predicted, other_predicted, p: float):
+    """Check how often both tokens of a pair of neighbors are predicted.
+
+    Pairs overlap in one token each. Of N pairs, the number where both are predicted has the
+    variance N p^2 (1 - p^2) + 2 N (p^3 - p^4).
+    """
+    num_pairs = (ordinary & other_ordinary).sum()
+    num_both = (predicted & other_predicted).sum()
+    variance = num_pairs * (p**2 * (1 - p**2) + 2 * (p**3 - p**4))
+    assert abs(num_both - num_pairs * p**2) < 5 * math.sqrt(variance)
 
 
 def test_random_tokens_are_uniform_over_the_vocabulary(tokenizer):
-    """Every token is the same here, so that the random ones are seen: all but that token and the mask token."""
-    length, same = 512, 7
+    """All tokens of the input are the same, so all others but the mask token are random ones."""
+    length = 512
+    same = 7
     input_ids = np.full((2100, length), same, np.int32)
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, length, 0.9)
     shown, labels = mask_rows(collator, input_ids, generator(2), group_size=1)
@@ -154,14 +168,15 @@ def test_random_tokens_are_uniform_over_the_vocabulary(tokenizer):
     counts = np.bincount(shown[labels != -100], minlength=VOCAB_SIZE)
     assert len(counts) == VOCAB_SIZE
     others = np.delete(counts, [same, MASK])
-    assert_binomial(int(others.sum()), int(counts.sum()), 0.1 * (1 - 2 / VOCAB_SIZE))
+    assert_binomial(others.sum(), counts.sum(), 0.1 * (1 - 2 / VOCAB_SIZE))
     assert_uniform(others)
 
 
 def test_no_special_token_is_predicted(tokenizer):
     input_ids = np.tile(np.arange(20, dtype=np.int32), (64, 8))
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, 160, 0.95)
-    continues_word = np.ones(input_ids.shape, np.int8)  # not even inside of a word
+    # Special tokens are not predicted inside a word either.
+    continues_word = np.ones(input_ids.shape, np.int8)
     for words in (None, continues_word):
         _, labels = mask_rows(collator, input_ids, generator(), 4, words)
         assert (labels[input_ids < len(SPECIAL)] == -100).all()
@@ -171,34 +186,39 @@ def test_no_special_token_is_predicted(tokenizer):
 def test_masks_are_a_function_of_the_generator(tokenizer):
     input_ids = make_rows(32, 128)
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, 128)
-    first, second, other = (
-        mask_rows(collator, input_ids, generator(seed), 8) for seed in (3, 3, 4)
-    )
+    first = mask_rows(collator, input_ids, generator(3), 8)
+    second = mask_rows(collator, input_ids, generator(3), 8)
+    other = mask_rows(collator, input_ids, generator(4), 8)
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
     assert (first[1] != other[1]).any()
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_masks_do_not_depend_on_the_layout(tokenizer, whole_words):
-    """Row r starts at draw r * max_length, whatever the padded length and the process: hosts mask their rows alone."""
-    rows, length, max_length = 48, 96, 128
+    """Row r starts at draw r * max_length, so each host masks its own rows alone.
+
+    The padded length makes no difference.
+    """
+    rows = 48
+    length = 96
+    max_length = 128
     input_ids = make_rows(rows, length)
-    words = (
-        (np.random.default_rng(5).random((rows, length)) < 0.4).astype(np.int8)
-        if whole_words
-        else None
-    )
+    words = None
+    if whole_words:
+        words = (np.random.default_rng(5).random((rows, length)) < 0.4).astype(np.int8)
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, max_length, 0.15, whole_words)
     shown, labels = mask_rows(collator, input_ids, generator(6), 8, words)
-    assert (labels != -100).any(axis=1).all()  # differing rows would be seen
+    # Every row has labels, so a difference in any row is found.
+    assert (labels != -100).any(axis=1).all()
+
     for start in range(0, rows, 16):
         part = slice(start, start + 16)
+        words_part = words[part] if whole_words else None
         rng = generator(6, start * max_length)
-        shown_part, labels_part = mask_rows(
-            collator, input_ids[part], rng, 8, words[part] if whole_words else None
-        )
+        shown_part, labels_part = mask_rows(collator, input_ids[part], rng, 8, words_part)
         assert (shown_part == shown[part]).all()
         assert (labels_part == labels[part]).all()
+
     padding = np.full((rows, max_length - length), PAD, np.int32)
     wider = np.concatenate([input_ids, padding], axis=1)
     if whole_words:
@@ -210,7 +230,7 @@ def test_masks_do_not_depend_on_the_layout(tokenizer, whole_words):
 
 
 def words_of_row(input_ids, continues_word) -> list[list[int]]:
-    """The words of a row as lists of positions, special tokens left out. A row starts a word."""
+    """The words of a row as lists of positions, without special tokens. A row starts a word."""
     words = []
     for position in range(len(input_ids)):
         if position == 0 or not continues_word[position]:
@@ -223,13 +243,17 @@ def words_of_row(input_ids, continues_word) -> list[list[int]]:
 
 
 def test_whole_words(tokenizer):
-    rows, length = 2600, 512
+    rows = 2600
+    length = 512
     input_ids = make_rows(rows, length, seed=7)
     continues_word = (np.random.default_rng(8).random((rows, length)) < 0.3).astype(np.int8)
-    assert continues_word[:, 0].any()  # as where a block starts inside of a word
+    # Some rows start inside a word, as blocks do.
+    assert continues_word[:, 0].any()
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, length, 0.15, whole_words=True)
     shown, labels = mask_rows(collator, input_ids, generator(9), 8, continues_word)
-    num_words = num_predicted = num_tokens = 0
+    num_words = 0
+    num_predicted = 0
+    num_tokens = 0
     for row in range(rows):
         for word in words_of_row(input_ids[row], continues_word[row]):
             predicted = {bool(labels[row, position] != -100) for position in word}
@@ -239,21 +263,22 @@ def test_whole_words(tokenizer):
             num_tokens += len(word)
     assert num_tokens > 1_000_000
     assert_binomial(num_predicted, num_words, 0.15)
-    # The tokens of a predicted word are replaced each for itself, with the same shares.
+    # Each token of a predicted word is replaced independently, with the same shares.
     predicted = labels != -100
+    masked = predicted & (shown == MASK)
+    chance = 0.8 + 0.1 / VOCAB_SIZE
     assert (labels[predicted] == input_ids[predicted]).all()
     assert (shown[~predicted] == input_ids[~predicted]).all()
-    assert_binomial(
-        int((shown[predicted] == MASK).sum()), int(predicted.sum()), 0.8 + 0.1 / VOCAB_SIZE
-    )
+    assert_binomial(masked.sum(), predicted.sum(), chance)
     pairs = predicted[:, 1:] & predicted[:, :-1] & (continues_word[:, 1:] == 1)
-    masked = predicted & (shown == MASK)
-    both_masked = int((pairs & masked[:, 1:] & masked[:, :-1]).sum())
-    assert_binomial(both_masked, int(pairs.sum()), (0.8 + 0.1 / VOCAB_SIZE) ** 2)
+    masked_pairs = pairs & masked[:, 1:] & masked[:, :-1]
+    assert_binomial(masked_pairs.sum(), pairs.sum(), chance**2)
 
 
 @dataclasses.dataclass
-class FewSlots(mlm.FlaxDataCollatorForLanguageModeling):
+class CollatorWithSlots(mlm.FlaxDataCollatorForLanguageModeling):
+    """A collator with a given number of slots for predicted tokens."""
+
     slots: int = 32
 
     def num_slots(self, num_tokens: int) -> int:
@@ -262,62 +287,77 @@ class FewSlots(mlm.FlaxDataCollatorForLanguageModeling):
 
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_a_surplus_is_left_unmasked(tokenizer, whole_words):
-    rows, length, group_size = 64, 64, 4
+    rows = 64
+    length = 64
+    group_size = 4
+    slots = 32
     input_ids = make_rows(rows, length, seed=10)
     words = np.zeros((rows, length), np.int8)
     if whole_words:
         words = (np.random.default_rng(11).random((rows, length)) < 0.4).astype(np.int8)
-    arguments = (tokenizer, length, 0.15, whole_words)
-    plenty = mask_rows(
-        FewSlots(*arguments, slots=10**6), input_ids, generator(12), group_size, words
-    )
-    few = mask_rows(FewSlots(*arguments, slots=32), input_ids, generator(12), group_size, words)
-    surplus_seen = fitting_seen = 0
+
+    def mask(slots: int):
+        collator = CollatorWithSlots(tokenizer, length, 0.15, whole_words, slots=slots)
+        return mask_rows(collator, input_ids, generator(12), group_size, words)
+
+    all_shown, all_labels = mask(slots=10**6)
+    shown, labels = mask(slots)
+    wanted = all_labels != -100
+    predicted = labels != -100
+    num_surplus_groups = 0
+    num_fitting_groups = 0
     for start in range(0, rows, group_size):
         group = slice(start, start + group_size)
-        wanted, got = plenty[1][group] != -100, few[1][group] != -100
-        assert not (got & ~wanted).any()
-        assert got.sum() <= 32
-        if wanted.sum() <= 32:
-            fitting_seen += 1
-            assert (got == wanted).all()
-        dropped = [0]
+        num_wanted = wanted[group].sum()
+        num_predicted = predicted[group].sum()
+        assert not (predicted[group] & ~wanted[group]).any()
+        assert num_predicted <= slots
+        dropped_lengths = [0]
         for row in range(start, start + group_size):
             for word in words_of_row(input_ids[row], words[row]):
-                assert len({bool(few[1][row, position] != -100) for position in word}) == 1
-                if plenty[1][row, word[0]] != -100 and few[1][row, word[0]] == -100:
-                    dropped.append(len(word))
-        if wanted.sum() > 32:
-            surplus_seen += 1
-            assert (
-                got.sum() + max(dropped) > 32
-            )  # the slots are used up to the first word that does not fit
-    assert surplus_seen > 3
-    assert fitting_seen > 3
-    predicted = few[1] != -100
-    assert (few[0][predicted] == plenty[0][predicted]).all()
-    assert (few[1][predicted] == plenty[1][predicted]).all()
-    assert (few[0][~predicted] == input_ids[~predicted]).all()
+                assert len({bool(predicted[row, position]) for position in word}) == 1
+                if wanted[row, word[0]] and not predicted[row, word[0]]:
+                    dropped_lengths.append(len(word))
+        if num_wanted <= slots:
+            num_fitting_groups += 1
+            assert (predicted[group] == wanted[group]).all()
+        else:
+            num_surplus_groups += 1
+            # The slots are used up to the first word that does not fit.
+            assert num_predicted + max(dropped_lengths) > slots
+    assert num_surplus_groups > 3
+    assert num_fitting_groups > 3
+    assert (shown[predicted] == all_shown[predicted]).all()
+    assert (labels[predicted] == all_labels[predicted]).all()
+    assert (shown[~predicted] == input_ids[~predicted]).all()
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 16, 100, 1024, 8192, 65536])
 def test_slots_hold_what_is_predicted(tokenizer, num_tokens, whole_words):
-    """Room for the mean and 4 standard deviations, a static multiple of 16 that is no more than the tokens."""
+    """There is room for the mean and 4 standard deviations.
+
+    The number is a static multiple of 16 that is at most the number of tokens.
+    """
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, 128, 0.15, whole_words)
     slots = collator.num_slots(num_tokens)
     assert isinstance(slots, int)
     assert slots == num_tokens or slots % 16 == 0
     assert slots <= num_tokens
-    assert slots >= min(num_tokens, num_tokens * 0.15 + 4 * math.sqrt(num_tokens * 0.15 * 0.85))
+    deviation = math.sqrt(num_tokens * 0.15 * 0.85)
+    assert slots >= min(num_tokens, num_tokens * 0.15 + 4 * deviation)
     if num_tokens >= 8192 and not whole_words:
-        assert slots < 0.2 * num_tokens  # or the head would save nothing
+        # With more slots the head would save little.
+        assert slots < 0.2 * num_tokens
 
 
-# ----------------------------------------------------------------------------------- the head on masked positions
+# --------------------------------------------------------------------- the head on masked positions
 
-HEAD_VOCAB = 101  # a prime, and no other size of the models below
-LENGTH, BATCH, NUM_SLOTS = 32, 3, 16
+# A prime that is no other size of the models below.
+HEAD_VOCAB = 101
+LENGTH = 32
+BATCH = 3
+NUM_SLOTS = 16
 NAMES = ("input_ids", "attention_mask", "labels")
 ENCODER = {
     "hidden_size": 32,
@@ -347,7 +387,12 @@ FAMILIES = {
     "bert": ENCODER,
     "big_bird": {**ENCODER, "attention_type": "original_full"},
     "distilbert": {
-        "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 37, "max_position_embeddings": 40, "dropout": 0.0,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "hidden_dim": 37,
+        "max_position_embeddings": 40,
+        "dropout": 0.0,
         "attention_dropout": 0.0,
     },
     "electra": {**ENCODER, "embedding_size": 24},
@@ -356,30 +401,31 @@ FAMILIES = {
     "roberta-prelayernorm": ENCODER,
     "roformer": {**ENCODER, "embedding_size": 24},
     "xlm-roberta": ENCODER,
-}  # fmt: skip
+}
 
 
 def make_model(family: str, **settings):
-    """A tiny model, and parameters that all matter: initialized ones have biases of zero and scales of one."""
-    config = CONFIG_MAPPING[family](
-        **{"vocab_size": HEAD_VOCAB, "pad_token_id": 1, **FAMILIES[family], **settings}
-    )
+    """A tiny model, and parameters that all have an effect.
+
+    Initialized parameters would have biases of zero and scales of one.
+    """
+    sizes = {"vocab_size": HEAD_VOCAB, "pad_token_id": 1}
+    config = CONFIG_MAPPING[family](**{**sizes, **FAMILIES[family], **settings})
     model = FlaxAutoModelForMaskedLM.from_config(config, _do_init=False)
     rng = np.random.default_rng(0)
-    params = {
-        path: np.float32(path[-1] == "scale") + 0.1 * rng.standard_normal(x.shape, np.float32)
-        for path, x in flatten_dict(model.params_shape_tree).items()
-    }
+    params = {}
+    for path, x in flatten_dict(model.params_shape_tree).items():
+        mean = np.float32(path[-1] == "scale")
+        params[path] = mean + 0.1 * rng.standard_normal(x.shape, np.float32)
     return model, jax.tree.map(jnp.asarray, unflatten_dict(params))
 
 
 def full_loss(params, batch, model):
-    """The loss as the papers have it: every position through the head, then the labels that are not -100 in a sum."""
+    """The loss of the papers: the head runs on every position, and the labels are summed."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if "token_type_ids" in inspect.signature(type(model).__call__).parameters:
-        inputs["token_type_ids"] = jnp.zeros_like(
-            inputs["input_ids"]
-        )  # a single segment is number 0
+        # A text in one segment has the type 0.
+        inputs["token_type_ids"] = jnp.zeros_like(inputs["input_ids"])
     logits = model(**inputs, params=params, train=False).logits
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     predicted = batch["labels"] != -100
@@ -388,12 +434,16 @@ def full_loss(params, batch, model):
     return -(picked * predicted).sum(), predicted.sum()
 
 
+def num_slots(num_tokens: int) -> int:
+    return NUM_SLOTS
+
+
 def masked_loss(params, batch, model, dropout_key=None):
-    return mlm.loss_sums(params, batch, model, lambda num_tokens: NUM_SLOTS, dropout_key)
+    return mlm.loss_sums(params, batch, model, num_slots, dropout_key)
 
 
 def head_batches():
-    """Fewer predicted than slots, as many, none, with padding and without; token 0 is among the labels."""
+    """Yield (name, batch) for several numbers of predicted tokens. Token 0 is among the labels."""
     rng = np.random.default_rng(1)
     counts = {"as many as slots": NUM_SLOTS, "fewer, padding": 11, "none": 0, "one": 1}
     for name, count in counts.items():
@@ -401,22 +451,18 @@ def head_batches():
         attention_mask = np.ones((BATCH, LENGTH), np.int32)
         if name == "fewer, padding":
             for row, length in enumerate((LENGTH, 20, 9)):
-                input_ids[row, length:], attention_mask[row, length:] = 1, 0
+                input_ids[row, length:] = 1
+                attention_mask[row, length:] = 0
         labels = np.full((BATCH, LENGTH), -100, np.int32)
         where = rng.permutation(np.flatnonzero(attention_mask))[:count]
         labels.reshape(-1)[where] = rng.integers(0, HEAD_VOCAB, count)
         labels.reshape(-1)[where[::2]] = 0
-        yield (
-            name,
-            {
-                k: jnp.asarray(v)
-                for k, v in zip(NAMES, (input_ids, attention_mask, labels), strict=True)
-            },
-        )
+        arrays = zip(NAMES, (input_ids, attention_mask, labels), strict=True)
+        yield name, {key: jnp.asarray(value) for key, value in arrays}
 
 
 def sizes_of_logits(jaxpr) -> set[int]:
-    """For how many positions each product with the vocabulary is computed, in all of a program."""
+    """The numbers of positions that products with the vocabulary have, anywhere in a program."""
     sizes = set()
     for equation in jaxpr.eqns:
         for value in equation.params.values():
@@ -434,26 +480,27 @@ def test_every_family_is_tested():
     assert set(FAMILIES) == {config.model_type for config in FLAX_MODEL_FOR_MASKED_LM_MAPPING}
 
 
-@pytest.mark.parametrize(
-    "family",
-    [*sorted(FAMILIES), "bert, checkpointed"],
-)
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), "bert, checkpointed"])
 def test_loss_and_gradients_equal_the_full_computation(family):
     model, params = make_model(family.partition(",")[0])
     if family.endswith("checkpointed"):
         model.enable_gradient_checkpointing()
-    key = jax.random.key(0, impl="rbg")  # dropout is zero: the key is used and changes nothing
+    # Dropout is zero, so the key is used and changes nothing.
+    key = jax.random.key(0, impl="rbg")
     fast = jax.value_and_grad(masked_loss, has_aux=True)
     full = jax.value_and_grad(full_loss, has_aux=True)
-    both = jax.jit(
-        lambda params, batch: (fast(params, batch, model, key), full(params, batch, model))
-    )
+
+    @jax.jit
+    def both(params, batch):
+        return fast(params, batch, model, key), full(params, batch, model)
+
     for name, batch in head_batches():
         ((loss, sums), grads), ((expected, predicted), expected_grads) = both(params, batch)
         assert loss == pytest.approx(float(expected), rel=1e-5, abs=0), name
         assert sums["loss"] == loss
         assert sums["predicted"] == predicted == (batch["labels"] != -100).sum()
-        grads, expected_grads = flatten_dict(grads), flatten_dict(expected_grads)
+        grads = flatten_dict(grads)
+        expected_grads = flatten_dict(expected_grads)
         largest = max(float(jnp.abs(x).max()) for x in expected_grads.values())
         assert (largest > 0.01) == (predicted > 0)
         for path, value in expected_grads.items():
@@ -464,30 +511,26 @@ def test_loss_and_gradients_equal_the_full_computation(family):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_head_runs_on_the_slots_only(family):
-    """A family whose anatomy the script does not know would silently take the full head."""
+    """The script would run the full head on a family whose modules it does not know."""
     model, params = make_model(family)
     _, batch = next(head_batches())
-
     full = jax.make_jaxpr(full_loss, static_argnums=2)(params, batch, model)
     assert sizes_of_logits(full.jaxpr) == {BATCH * LENGTH}
-    assert sizes_of_logits(
-        jax.make_jaxpr(masked_loss, static_argnums=2)(params, batch, model).jaxpr
-    ) == {NUM_SLOTS}
+    masked = jax.make_jaxpr(masked_loss, static_argnums=2)(params, batch, model)
+    assert sizes_of_logits(masked.jaxpr) == {NUM_SLOTS}
 
 
 def test_big_bird_trains_with_its_sparse_attention():
-    """Which is its default, and draws random blocks of keys from a generator of its own."""
-    model, params = make_model(
-        "big_bird", attention_type="block_sparse", max_position_embeddings=256
-    )
+    """Sparse attention is BigBird's default. It draws random blocks of keys."""
+    settings = {"attention_type": "block_sparse", "max_position_embeddings": 256}
+    model, params = make_model("big_bird", **settings)
     batch = {name: jnp.ones((1, 256), jnp.int32) for name in NAMES}
-    jax.eval_shape(
-        lambda params: masked_loss(params, batch, model, jax.random.key(0, impl="rbg")), params
-    )
+    key = jax.random.key(0, impl="rbg")
+    jax.eval_shape(lambda params: masked_loss(params, batch, model, key), params)
 
 
 class ModelOfLogits:
-    """A model of another anatomy than Transformers': the head cannot be reached, and runs on every position."""
+    """A model of unknown modules, so that the head runs on every position."""
 
     config = BertConfig()
 
@@ -499,45 +542,43 @@ class ModelOfLogits:
 
 
 def test_evaluation_sums():
-    """Accuracy counts what is predicted, token 0 included, and nothing else."""
+    """Accuracy counts the predicted tokens, token 0 included, and no others."""
     for seed, (name, batch) in enumerate(head_batches()):
-        logits = np.random.default_rng(seed).standard_normal(
-            (BATCH, LENGTH, HEAD_VOCAB), np.float32
-        )
+        rng = np.random.default_rng(seed)
+        logits = rng.standard_normal((BATCH, LENGTH, HEAD_VOCAB), np.float32)
         best = logits.argmax(-1)
         labels = np.array(batch["labels"])
-        half = (labels != -100) & (
-            np.arange(LENGTH) % 2 == 0
-        )  # of the labels are what the model says
-        labels[half] = best[half]
+        # The labels at even positions are what the model predicts.
+        right = (labels != -100) & (np.arange(LENGTH) % 2 == 0)
+        labels[right] = best[right]
         batch["labels"] = jnp.asarray(labels)
-        loss, right, predicted = 0.0, 0, 0
+
+        loss = 0.0
+        num_right = 0
+        num_predicted = 0
         for row, position in np.argwhere(labels != -100):
-            label, row_logits = labels[row, position], logits[row, position].astype(np.float64)
-            loss += np.log(np.exp(row_logits).sum()) - row_logits[label]
-            right += best[row, position] == label
-            predicted += 1
-        value, sums = mlm.loss_sums(
-            {}, batch, ModelOfLogits(jnp.asarray(logits)), lambda num_tokens: NUM_SLOTS
-        )
+            label = labels[row, position]
+            scores = logits[row, position].astype(np.float64)
+            loss += np.log(np.exp(scores).sum()) - scores[label]
+            num_right += best[row, position] == label
+            num_predicted += 1
+        value, sums = masked_loss({}, batch, ModelOfLogits(jnp.asarray(logits)))
         assert set(sums) == {"loss", "predicted", "accuracy"}
         assert value == sums["loss"] == pytest.approx(loss, rel=1e-5), name
-        assert (sums["accuracy"], sums["predicted"]) == (right, predicted)
-        assert right > 2 or predicted < 2
+        assert (sums["accuracy"], sums["predicted"]) == (num_right, num_predicted)
+        assert num_right > 2 or num_predicted < 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
-    """Against float64 on the very logits that the model gives: half precision would be off by a hundredth."""
+    """Compare with float64 on the model's own logits. Half precision would be off by 1%."""
     _, batch = next(head_batches())
-    logits = jnp.asarray(
-        8 * np.random.default_rng(0).standard_normal((BATCH, LENGTH, HEAD_VOCAB)), dtype
-    )
-    exact, labels = np.asarray(logits, np.float64), np.asarray(batch["labels"])
-    losses = (
-        np.log(np.exp(exact).sum(-1))
-        - np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
-    )
-    loss, sums = mlm.loss_sums({}, batch, ModelOfLogits(logits), lambda num_tokens: NUM_SLOTS)
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(8 * rng.standard_normal((BATCH, LENGTH, HEAD_VOCAB)), dtype)
+    exact = np.asarray(logits, np.float64)
+    labels = np.asarray(batch["labels"])
+    picked = np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    losses = np.log(np.exp(exact).sum(-1)) - picked
+    loss, sums = masked_loss({}, batch, ModelOfLogits(logits))
     assert all(value.dtype == jnp.float32 for value in (loss, *sums.values()))
     assert loss == pytest.approx(losses[labels != -100].sum(), rel=1e-6)

@@ -1,4 +1,4 @@
-"""Learning rate, optimizer and training step of run_mlm_flax.py against formulas and plain programs."""
+"""Schedules, optimizers and training step of run_mlm_flax.py against formulas and plain loops."""
 
 import math
 import sys
@@ -42,27 +42,25 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def make_optimizer(num_steps: int = 100, **settings):
-    return mlm.make_optimizer(Namespace(**{**DEFAULTS, **settings}), num_steps)
+    args = Namespace(**{**DEFAULTS, **settings})
+    schedule = mlm.make_schedule(args, num_steps)
+    return mlm.make_optimizer(args, schedule), schedule
 
 
 def random_params(model, seed: int = 0):
     rng = np.random.default_rng(seed)
-    shapes = flatten_dict(model.params_shape_tree)
-    return unflatten_dict(
-        {
-            path: jnp.asarray(
-                np.float32(path[-1] == "scale") + 0.1 * rng.standard_normal(x.shape, np.float32)
-            )
-            for path, x in shapes.items()
-        }
-    )
+    params = {}
+    for path, x in flatten_dict(model.params_shape_tree).items():
+        mean = np.float32(path[-1] == "scale")
+        params[path] = jnp.asarray(mean + 0.1 * rng.standard_normal(x.shape, np.float32))
+    return unflatten_dict(params)
 
 
-# ----------------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 
 def learning_rate(kind: str, step: int, peak: float, warmup: int, total: int) -> float:
-    """As `transformers.optimization` documents its get_*_schedule_with_warmup."""
+    """The schedules that `transformers.optimization` documents, get_*_schedule_with_warmup."""
     if step < warmup:
         return peak * step / warmup
     if kind == "constant":
@@ -71,9 +69,9 @@ def learning_rate(kind: str, step: int, peak: float, warmup: int, total: int) ->
         timescale = warmup or 10_000
         return peak / math.sqrt((step - warmup + timescale) / timescale)
     progress = (step - warmup) / max(1, total - warmup)
-    return peak * max(
-        0.0, 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    )
+    if kind == "linear":
+        return peak * max(0.0, 1 - progress)
+    return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 50), (10, 50), (1, 2), (49, 50), (60, 50)])
@@ -89,13 +87,16 @@ def test_schedule(kind, warmup, total):
         assert float(schedule(total)) == pytest.approx(0, abs=1e-10)
 
 
-# ----------------------------------------------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 @pytest.mark.parametrize("adafactor", [False, True])
 @pytest.mark.parametrize("config_class", [BertConfig, RobertaConfig, BartConfig])
-def test_what_decays(config_class, adafactor):
-    """Gradients of zero move nothing but what decays: by learning rate times weight decay, at every step."""
+def test_weight_decay_leaves_out_biases_and_scales(config_class, adafactor):
+    """With gradients of zero, parameters change by weight decay alone.
+
+    Each step multiplies those that decay by 1 - learning rate * weight decay.
+    """
     model = FlaxAutoModelForMaskedLM.from_config(config_class(**TINY, **TINY_BART), _do_init=False)
     params = random_params(model)
     settings = {
@@ -105,7 +106,9 @@ def test_what_decays(config_class, adafactor):
         "adafactor": adafactor,
     }
     optimizer, _ = make_optimizer(4, **settings)
-    zeros, state, decayed = jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = optimizer.init(params)
+    decayed = params
     for _ in range(3):
         updates, state = optimizer.update(zeros, state, decayed)
         decayed = optax.apply_updates(decayed, updates)
@@ -123,43 +126,59 @@ def test_what_decays(config_class, adafactor):
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
 def test_adamw(max_grad_norm):
-    """Three steps of Loshchilov and Hutter's algorithm 2 (https://arxiv.org/abs/1711.05101) in float64."""
-    beta1, beta2, epsilon, decay, peak = 0.8, 0.95, 1e-6, 0.1, 0.05
+    """Compare with algorithm 2 of Loshchilov and Hutter in float64, for four steps.
+
+    See https://arxiv.org/abs/1711.05101. The learning rate of the first step is 0.
+    """
+    beta1 = 0.8
+    beta2 = 0.95
+    epsilon = 1e-6
+    weight_decay = 0.1
+    peak = 0.05
     optimizer, _ = make_optimizer(
-        10, learning_rate=peak, lr_scheduler_type="linear", warmup_steps=1, weight_decay=decay, adam_beta1=beta1,
-        adam_beta2=beta2, adam_epsilon=epsilon, max_grad_norm=max_grad_norm,
-    )  # fmt: skip
+        10,
+        learning_rate=peak,
+        lr_scheduler_type="linear",
+        warmup_steps=1,
+        weight_decay=weight_decay,
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        adam_epsilon=epsilon,
+        max_grad_norm=max_grad_norm,
+    )
     rng = np.random.default_rng(0)
     shapes = {"kernel": (5, 7), "bias": (7,), "scale": (3,), "embedding": (11, 2)}
     exact = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     params = {name: jnp.asarray(x, jnp.float32) for name, x in exact.items()}
-    m, v = ({name: np.zeros(shape) for name, shape in shapes.items()} for _ in range(2))
+    m = {name: np.zeros(shape) for name, shape in shapes.items()}
+    v = {name: np.zeros(shape) for name, shape in shapes.items()}
     state = optimizer.init(params)
     for step in range(4):
         grads = {name: 10.0**-step * rng.standard_normal(shape) for name, shape in shapes.items()}
-        updates, state = optimizer.update(
-            {k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, params
-        )
+        grads32 = {name: jnp.asarray(grad, jnp.float32) for name, grad in grads.items()}
+        updates, state = optimizer.update(grads32, state, params)
         params = optax.apply_updates(params, updates)
-        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        norm = math.sqrt(sum((grad**2).sum() for grad in grads.values()))
         scale = min(1, max_grad_norm / norm) if max_grad_norm else 1
         rate = learning_rate("linear", step, peak, 1, 10)
-        for name, g in grads.items():
-            m[name] = beta1 * m[name] + (1 - beta1) * g * scale
-            v[name] = beta2 * v[name] + (1 - beta2) * (g * scale) ** 2
-            m_hat, v_hat = m[name] / (1 - beta1 ** (step + 1)), v[name] / (1 - beta2 ** (step + 1))
-            wd = decay if name in ("kernel", "embedding") else 0
-            exact[name] = exact[name] - rate * (
-                m_hat / (np.sqrt(v_hat) + epsilon) + wd * exact[name]
-            )
+        for name, grad in grads.items():
+            m[name] = beta1 * m[name] + (1 - beta1) * grad * scale
+            v[name] = beta2 * v[name] + (1 - beta2) * (grad * scale) ** 2
+            m_hat = m[name] / (1 - beta1 ** (step + 1))
+            v_hat = v[name] / (1 - beta2 ** (step + 1))
+            decay = weight_decay if name in ("kernel", "embedding") else 0
+            update = m_hat / (np.sqrt(v_hat) + epsilon) + decay * exact[name]
+            exact[name] = exact[name] - rate * update
             np.testing.assert_allclose(
                 params[name], exact[name], rtol=1e-4, atol=1e-6, err_msg=f"{step} {name}"
             )
 
 
 def test_adafactor_scales_with_the_parameter():
-    """Shazeer and Stern's relative step: the first update's root mean square is learning rate times that of the
-    parameter (https://arxiv.org/abs/1804.04235, section 8)."""
+    """The step is relative, as in section 8 of Shazeer and Stern (https://arxiv.org/abs/1804.04235).
+
+    The root mean square of the first update is the learning rate times that of the parameter.
+    """
     optimizer, _ = make_optimizer(learning_rate=0.01, adafactor=True)
     params = {"kernel": jnp.full((4, 6), 3.0), "bias": jnp.full((6,), 0.5)}
     grads = jax.tree.map(lambda x: jnp.full_like(x, 7.0), params)
@@ -168,25 +187,30 @@ def test_adafactor_scales_with_the_parameter():
     np.testing.assert_allclose(updates["bias"], np.full((6,), -0.005), rtol=1e-4)
 
 
-def test_adafactor_s_state_with_and_without_decay():
-    """Is the same, so that a checkpoint can be resumed with another --weight_decay."""
+def test_adafactor_has_the_same_state_with_and_without_decay():
+    """The state is the same, so a checkpoint can be resumed with another --weight_decay."""
     params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
-    with_decay, without = (
-        make_optimizer(adafactor=True, weight_decay=x)[0].init(params) for x in (0.01, 0.0)
-    )
+    with_decay = make_optimizer(adafactor=True, weight_decay=0.01)[0].init(params)
+    without = make_optimizer(adafactor=True, weight_decay=0.0)[0].init(params)
     assert jax.tree.structure(with_decay) == jax.tree.structure(without)
     assert jax.tree.map(jnp.shape, with_decay) == jax.tree.map(jnp.shape, without)
 
 
-# ------------------------------------------------------------------------------------------------- training step
+# ------------------------------------------------------------------------------------ training step
 
-ROWS, LENGTH, STEPS = 64, 16, 20
-MAX_PREDICTED = 10  # of the tokens of a row
+ROWS = 64
+LENGTH = 16
+STEPS = 20
+# At most this many tokens of a row are predicted.
+MAX_PREDICTED = 10
 
 
 def uneven_batches():
-    """Global batches of 64 rows. The first eighth holds most of the predicted tokens, another none, so that a mean of
-    the devices' means, or of the micro-batches', is far from the mean over the tokens."""
+    """Yield global batches in which predicted tokens are distributed unevenly.
+
+    The first eighth of the rows has most of them, the second eighth has none. So the mean of the
+    devices' or the micro-batches' means is far from the mean over the tokens.
+    """
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
         input_ids = rng.integers(2, 101, (ROWS, LENGTH), dtype=np.int32)
@@ -195,20 +219,23 @@ def uneven_batches():
         input_ids[attention_mask == 0] = 1
         labels = np.full((ROWS, LENGTH), -100, np.int32)
         for row in range(ROWS):
-            most = MAX_PREDICTED if row < 8 else 0 if row < 16 else 1
+            if row < 8:
+                most = MAX_PREDICTED
+            elif row < 16:
+                most = 0
+            else:
+                most = 1
             count = min(most, lengths[row])
             where = rng.permutation(lengths[row])[:count]
-            labels[row, where] = (
-                7 if row < 8 else rng.integers(0, 101, count)
-            )  # what is easy to learn, and what not
+            # The first rows are easy to learn, the others are not.
+            labels[row, where] = 7 if row < 8 else rng.integers(0, 101, count)
         yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return FlaxAutoModelForMaskedLM.from_config(
-        RobertaConfig(**TINY, **NO_DROPOUT, pad_token_id=1), _do_init=False
-    )
+    config = RobertaConfig(**TINY, **NO_DROPOUT, pad_token_id=1)
+    return FlaxAutoModelForMaskedLM.from_config(config, _do_init=False)
 
 
 SETTINGS = {
@@ -221,43 +248,47 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def plain_run(model):
-    """Loss, gradient norm and predicted tokens of each step, and the last parameters, of the plainest program: one
-    device, every position through the head, the mean over the predicted tokens of the batch."""
+    """The history and the last parameters of the plainest program, which runs on one device.
+
+    The head runs on every position, and the loss is the mean over the predicted tokens of a batch.
+    The history has a row for each step: loss, gradient norm, predicted tokens, tokens.
+    """
     optimizer, _ = make_optimizer(STEPS, **SETTINGS)
 
     def mean_loss(params, batch):
-        logits = model(
-            batch["input_ids"], attention_mask=batch["attention_mask"], params=params, train=False
-        ).logits
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = model(**inputs, params=params, train=False).logits
         predicted = batch["labels"] != -100
-        one_hot = jax.nn.one_hot(batch["labels"], logits.shape[-1])  # of zeros for -100
+        # The one-hot vector of -100 is zero.
+        one_hot = jax.nn.one_hot(batch["labels"], logits.shape[-1])
         return -(jax.nn.log_softmax(logits) * one_hot).sum() / predicted.sum()
 
     @jax.jit
     def step(params, state, batch):
         loss, grads = jax.value_and_grad(mean_loss)(params, batch)
-        norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+        norm = jnp.sqrt(sum((grad**2).sum() for grad in jax.tree.leaves(grads)))
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, (loss, norm)
 
-    params, history = random_params(model), []
+    params = random_params(model)
     state = optimizer.init(params)
+    history = []
     for batch in uneven_batches():
         params, state, (loss, norm) = step(params, state, batch)
-        history.append(
-            (
-                float(loss),
-                float(norm),
-                (batch["labels"] != -100).sum(),
-                batch["attention_mask"].sum(),
-            )
-        )
+        num_predicted = (batch["labels"] != -100).sum()
+        num_tokens = batch["attention_mask"].sum()
+        history.append((float(loss), float(norm), num_predicted, num_tokens))
     return np.array(history), params
 
 
+def num_slots(num_tokens: int) -> int:
+    return min(num_tokens, num_tokens * MAX_PREDICTED // LENGTH)
+
+
 def make_p_train_step(model, num_devices: int):
-    num_slots = lambda num_tokens: min(num_tokens, num_tokens * MAX_PREDICTED // LENGTH)  # noqa: E731
-    step = partial(mlm.train_step, model=model, num_slots=num_slots, seed=42)
+    loss_fn = partial(mlm.loss_sums, model=model, num_slots=num_slots)
+    schedule = mlm.make_schedule(Namespace(**{**DEFAULTS, **SETTINGS}), STEPS)
+    step = partial(mlm.train_step, loss_fn=loss_fn, schedule=schedule, seed=42)
     return jax.pmap(step, "batch", devices=jax.devices()[:num_devices])
 
 
@@ -265,7 +296,9 @@ def replicated(tree, num_devices: int):
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *jnp.shape(x))), tree)
 
 
-NO_TOTALS = dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), np.float32(0))
+NO_TOTALS = dict.fromkeys(
+    ("loss", "predicted", "tokens", "grad_norm", "learning_rate"), np.float32(0)
+)
 
 
 @pytest.mark.parametrize(
@@ -274,19 +307,20 @@ NO_TOTALS = dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), np.float
 def test_step_on_any_layout_equals_the_plain_program(model, plain_run, num_devices, accumulation):
     history, expected_params = plain_run
     assert len(jax.devices()) == 8
-    assert history[-1, 0] < 0.7 * history[0, 0]  # it learns: equal losses say something
+    # The model learns. Otherwise equal losses would mean little.
+    assert history[-1, 0] < 0.7 * history[0, 0]
     optimizer, _ = make_optimizer(STEPS, **SETTINGS)
     state = TrainState.create(apply_fn=None, params=random_params(model), tx=optimizer)
-    state, totals = replicated(state, num_devices), replicated(NO_TOTALS, num_devices)
+    state = replicated(state, num_devices)
+    no_totals = replicated(NO_TOTALS, num_devices)
+    totals = no_totals
     p_train_step = make_p_train_step(model, num_devices)
     shape = (num_devices, accumulation, ROWS // num_devices // accumulation, LENGTH)
     for step, batch in enumerate(uneven_batches()):
-        before = (
-            totals if step % 3 else replicated(NO_TOTALS, num_devices)
-        )  # of steps between log lines
-        state, totals = p_train_step(
-            state, before, {name: x.reshape(shape) for name, x in batch.items()}
-        )
+        # Totals are sums over the steps between two log lines, here three.
+        before = totals if step % 3 else no_totals
+        shards = {name: x.reshape(shape) for name, x in batch.items()}
+        state, totals = p_train_step(state, before, shards)
         sums = {name: float(totals[name][0] - before[name][0]) for name in NO_TOTALS}
         loss, norm, predicted, tokens = history[step]
         assert (sums["predicted"], sums["tokens"]) == (predicted, tokens)
@@ -300,7 +334,7 @@ def test_step_on_any_layout_equals_the_plain_program(model, plain_run, num_devic
 
 
 def test_dropout_depends_on_step_device_and_micro_batch_alone():
-    """The same rows everywhere and gradients that move nothing: what differs is dropout."""
+    """Only dropout differs: all rows are the same, and the learning rate is zero."""
     config = RobertaConfig(
         **TINY, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, pad_token_id=1
     )
@@ -308,18 +342,20 @@ def test_dropout_depends_on_step_device_and_micro_batch_alone():
     state = TrainState.create(apply_fn=None, params=random_params(model), tx=optax.sgd(0.0))
     row = {name: x[:1] for name, x in next(uneven_batches()).items()}
 
-    def losses(where: str, num_steps: int = 1):
-        """Of steps in which one device and one micro-batch alone has predicted tokens."""
+    def losses(device: int, micro_batch: int, num_steps: int = 1):
+        """Losses of steps in which only this micro-batch of this device has predicted tokens."""
         batch = {name: np.tile(x, (2, 2, 1, 1)) for name, x in row.items()}
         labels = np.full_like(batch["labels"], -100)
-        labels[int(where[0]), int(where[1])] = batch["labels"][0, 0]
-        found, now = [], replicated(state, 2)
+        labels[device, micro_batch] = batch["labels"][0, 0]
+        batch["labels"] = labels
+        found = []
+        current = replicated(state, 2)
         for _ in range(num_steps):
-            now, totals = p_train_step(now, replicated(NO_TOTALS, 2), {**batch, "labels": labels})
+            current, totals = p_train_step(current, replicated(NO_TOTALS, 2), batch)
             found.append(float(totals["loss"][0]))
         return found
 
     p_train_step = make_p_train_step(model, 2)
-    first = losses("00", 3)
-    assert first == losses("00", 3)
-    assert len({*first, *losses("01"), *losses("10"), *losses("11")}) == 6
+    first = losses(0, 0, num_steps=3)
+    assert first == losses(0, 0, num_steps=3)
+    assert len({*first, *losses(0, 1), *losses(1, 0), *losses(1, 1)}) == 6

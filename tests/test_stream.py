@@ -1,6 +1,7 @@
-"""What run_mlm_flax_stream.py reads, in which order, and where it goes on: against plain lists of the same documents.
+"""What run_mlm_flax_stream.py reads, in which order, and where it resumes.
 
-Each word occurs once in the data, so that a token tells where it is from.
+The independent source is plain lists of the same documents. Each word occurs once in the data, so a
+token tells where it is from.
 """
 
 import csv
@@ -28,14 +29,12 @@ import run_mlm_flax_stream as stream
 (SCRIPT,) = (script for script in SCRIPTS if script.is_stream)
 NUM_WORDS = 6000
 BLOCK = 16
-SAME_BATCH = {
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 1,
-}  # as of two processes, accumulated
+# The same global batch on two devices of one process as on two processes.
+SAME_BATCH = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
 START = {"epoch": 0, "state": None, "carried": [], "used": 0, "seen": 0, "offset": 0}
 
 
-# ------------------------------------------------------------------------------------------- documents, in plain words
+# ------------------------------------------------------------------------ documents, in plain words
 
 
 @pytest.fixture(scope="module")
@@ -44,39 +43,52 @@ def tokenizer(tmp_path_factory):
 
 
 def make_documents(sizes: list[int]) -> list[list[str]]:
-    """Texts of each shard; a few are blank, one is long."""
-    rng, number, shards = random.Random(0), itertools.count(), []
+    """The texts of each shard. A few are blank, one of them is long."""
+    rng = random.Random(0)
+    number = itertools.count()
+    shards = []
     for size in sizes:
-        lengths = [
-            0 if rng.random() < 0.05 else 70 if i == 5 else rng.randint(1, 9) for i in range(size)
-        ]
-        shards.append(
-            [" ".join(f"w{next(number)}" for _ in range(length)) or " " for length in lengths]
-        )
+        texts = []
+        lengths = [make_length(rng, index) for index in range(size)]
+        for length in lengths:
+            words = [f"w{next(number)}" for _ in range(length)]
+            texts.append(" ".join(words) or " ")
+        shards.append(texts)
     assert next(number) < NUM_WORDS
     return shards
+
+
+def make_length(rng: random.Random, index: int) -> int:
+    """The number of words of the text at `index` of its shard."""
+    if rng.random() < 0.05:
+        return 0
+    return 70 if index == 5 else rng.randint(1, 9)
 
 
 def write_shards(directory: Path, kind: str, shards: list[list[str]]) -> list[Path]:
     directory.mkdir(exist_ok=True)
     paths = [directory / f"train-{index}.{kind}" for index in range(len(shards))]
     for path, texts in zip(paths, shards, strict=True):
-        if kind in ("txt", "txt.gz"):
-            with (gzip.open if kind == "txt.gz" else open)(path, "wt") as file:
-                file.write("".join(text + "\n" for text in texts))
-        elif kind == "jsonl":
-            path.write_text(
-                "".join(
-                    json.dumps({"number": i, "text": text}) + "\n" for i, text in enumerate(texts)
-                )
-            )
-        elif kind == "csv":
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerows([("number", "text"), *enumerate(texts)])
-        else:
-            table = pyarrow.table({"text": texts, "number": list(range(len(texts)))})
-            pyarrow.parquet.write_table(table, path, row_group_size=100)
+        write_shard(path, kind, texts)
     return paths
+
+
+def write_shard(path: Path, kind: str, texts: list[str]):
+    if kind == "txt":
+        path.write_text("".join(text + "\n" for text in texts))
+    elif kind == "txt.gz":
+        with gzip.open(path, "wt") as file:
+            file.write("".join(text + "\n" for text in texts))
+    elif kind == "jsonl":
+        with path.open("w") as file:
+            for number, text in enumerate(texts):
+                file.write(json.dumps({"number": number, "text": text}) + "\n")
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("number", "text"), *enumerate(texts)])
+    else:
+        table = pyarrow.table({"text": texts, "number": list(range(len(texts)))})
+        pyarrow.parquet.write_table(table, path, row_group_size=100)
 
 
 def flat(shards: list[list[str]]) -> list[str]:
@@ -88,14 +100,16 @@ def tokens_of(tokenizer, texts: list[str]) -> list[int]:
 
 
 def blocks_of(tokens: list[int]) -> tuple[list[tuple], list[int]]:
-    """Blocks, and what is left over."""
+    """The full blocks, and the tokens that are left over."""
     end = len(tokens) - len(tokens) % BLOCK
-    return [tuple(tokens[i : i + BLOCK]) for i in range(0, end, BLOCK)], tokens[end:]
+    blocks = [tuple(tokens[start : start + BLOCK]) for start in range(0, end, BLOCK)]
+    return blocks, tokens[end:]
 
 
 def epochs_of(tokens: list[int], count: int) -> list[list[tuple]]:
-    """The blocks of `count` epochs: what does not fill one opens the next epoch."""
-    epochs, rest = [], []
+    """The blocks of `count` epochs. Tokens that do not fill a block start the next epoch."""
+    epochs = []
+    rest = []
     for _ in range(count):
         blocks, rest = blocks_of(rest + tokens)
         epochs.append(blocks)
@@ -103,32 +117,40 @@ def epochs_of(tokens: list[int], count: int) -> list[list[tuple]]:
 
 
 def words_of(blocks, tokenizer) -> list[int]:
-    return [token for block in blocks for token in block if token not in tokenizer.all_special_ids]
+    tokens = [token for block in blocks for token in block]
+    return [token for token in tokens if token not in tokenizer.all_special_ids]
 
 
-# ------------------------------------------------------------------------------------------------- the same, streamed
+# ------------------------------------------------------------------------------- the same, streamed
+
+
+BUILDERS = {"txt": "text", "gz": "text", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 
 
 def open_stream(paths: list[Path], tokenizer, **options):
     import datasets
 
-    builder = {"txt": "text", "gz": "text", "jsonl": "json", "csv": "csv", "parquet": "parquet"}[
-        paths[0].name.split(".")[-1]
-    ]
+    builder = BUILDERS[paths[0].name.split(".")[-1]]
     files = [str(path) for path in paths]
     dataset = datasets.load_dataset(
         builder, data_files=files, split="train", streaming=True, **options
     )
-    return stream.BlockStream(*stream.text_column(dataset, "text", "the data"), tokenizer, BLOCK)
+    column = stream.select_text(dataset, "text", "the data")
+    return stream.BlockStream(*column, tokenizer, BLOCK)
+
+
+def first_blocks(texts, count: int) -> list[tuple]:
+    """The blocks that an evaluation holds out."""
+    return [tuple(block) for block in texts.take_first(count, 1)[0].tolist()]
 
 
 def draw(texts, held_out, position=START, size: int = 50, batch_size: int = 1, limit=None):
-    """Blocks in the order of training, each with the position after it; the stream starts at `position`."""
+    """Yield (position after the block, block) in the order of training, from `position` on."""
+    # A checkpoint stores the position as JSON.
     position = json.loads(json.dumps(position))
-    blocks = stream.shuffle(
-        texts.blocks(dict(position), batch_size, limit, *held_out), max(size, batch_size), 42
-    )
-    for after, block in itertools.islice(blocks, position["offset"], None):
+    blocks = texts.blocks(dict(position), batch_size, limit, held_out)
+    shuffled = stream.shuffle(blocks, max(size, batch_size), 42)
+    for after, block in itertools.islice(shuffled, position["offset"], None):
         yield after, tuple(block.tolist())
 
 
@@ -138,6 +160,8 @@ def take(texts, held_out, count: int, **options):
 
 @pytest.fixture
 def as_process(monkeypatch):
+    """Function that makes this process number `rank` of `count`."""
+
     def as_process(rank: int, count: int):
         monkeypatch.setattr(jax, "process_index", lambda: rank)
         monkeypatch.setattr(jax, "process_count", lambda: count)
@@ -146,34 +170,38 @@ def as_process(monkeypatch):
 
 
 KINDS = ["txt", "txt.gz", "jsonl", "csv", "parquet"]
-SIZES = [310, 40, 290]  # 64 texts are read at a time
+# The script reads 64 texts at a time, which divides none of these.
+SIZES = [310, 40, 290]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def texts(request, tmp_path_factory, tokenizer):
-    paths = write_shards(
-        tmp_path_factory.mktemp("texts") / "shards", request.param, make_documents(SIZES)
-    )
+    directory = tmp_path_factory.mktemp("texts") / "shards"
+    paths = write_shards(directory, request.param, make_documents(SIZES))
     return open_stream(paths, tokenizer)
 
 
 @pytest.mark.parametrize("num_held_out", [0, 1, 30, 150])
 @pytest.mark.parametrize("size", [1, 50, 1000])
 def test_every_block_of_every_epoch_and_none_held_out(texts, tokenizer, num_held_out, size):
-    """Three epochs: in each window the blocks that plain lists have there, in an order of its own."""
+    """In three epochs, each window has the blocks that plain lists have there, in another order."""
     tokens = tokens_of(tokenizer, flat(make_documents(SIZES)))
-    eval_blocks, *held_out = texts.first(num_held_out, num_held_out)
-    assert [tuple(block) for block in eval_blocks.tolist()] == blocks_of(tokens)[0][:num_held_out]
+    eval_blocks, held_out = texts.take_first(num_held_out, num_held_out)
+    held_out_blocks = [tuple(block) for block in eval_blocks.tolist()]
+    assert held_out_blocks == blocks_of(tokens)[0][:num_held_out]
     epochs = epochs_of(tokens[num_held_out * BLOCK :], 3)
     drawn = [block for _, block in take(texts, held_out, sum(map(len, epochs)), size=size)]
-    kept, orders = set(words_of(drawn, tokenizer)), []
+    words = set(words_of(drawn, tokenizer))
+    orders = []
     for expected in epochs:
-        found, drawn = drawn[: len(expected)], drawn[len(expected) :]
+        found = drawn[: len(expected)]
+        drawn = drawn[len(expected) :]
         for start in range(0, len(expected), size):
             assert sorted(found[start : start + size]) == sorted(expected[start : start + size])
         orders.append([expected.index(block) for block in found])
-    assert not kept & set(words_of(eval_blocks.tolist(), tokenizer))
-    assert size == 1 or len(set(map(tuple, orders))) == 3  # each epoch in another order
+    assert not words & set(words_of(eval_blocks.tolist(), tokenizer))
+    # Each epoch has another order.
+    assert size == 1 or len(set(map(tuple, orders))) == 3
 
 
 @pytest.mark.parametrize(
@@ -181,21 +209,27 @@ def test_every_block_of_every_epoch_and_none_held_out(texts, tokenizer, num_held
 )
 @pytest.mark.parametrize("kind", ["txt", "parquet"])
 def test_processes_share_out_the_texts(tmp_path, tokenizer, as_process, num_processes, sizes, kind):
-    """Shard by shard or text by text: disjoint, complete, without what is held out, in each of two epochs."""
+    """In each of two epochs the parts are disjoint and complete, without the held-out blocks.
+
+    If the number of processes divides that of shards, each process reads whole shards, otherwise
+    every so many texts.
+    """
     shards = make_documents(sizes)
     tokens = tokens_of(tokenizer, flat(shards))
     texts = open_stream(write_shards(tmp_path / "shards", kind, shards), tokenizer)
-    eval_blocks, *held_out = texts.first(70, 70)
+    eval_blocks, held_out = texts.take_first(70, 70)
     assert [tuple(block) for block in eval_blocks.tolist()] == blocks_of(tokens)[0][:70]
     seen = []
     for rank in range(num_processes):
         as_process(rank, num_processes)
-        drawn = list(itertools.takewhile(lambda item: item[0]["epoch"] < 2, draw(texts, held_out)))
-        last = next(after for after, _ in draw(texts, held_out) if after["epoch"] == 2)
-        seen.append(
-            words_of([block for _, block in drawn], tokenizer)
-            + words_of([last["carried"]], tokenizer)
-        )
+        blocks = []
+        for after, block in draw(texts, held_out):
+            if after["epoch"] == 2:
+                break
+            blocks.append(block)
+        # Tokens that did not fill a block are carried into the third epoch.
+        blocks.append(after["carried"])
+        seen.append(words_of(blocks, tokenizer))
     for one, other in itertools.combinations(seen, 2):
         assert not set(one) & set(other)
     expected = words_of([tokens[70 * BLOCK :]], tokenizer)
@@ -204,20 +238,21 @@ def test_processes_share_out_the_texts(tmp_path, tokenizer, as_process, num_proc
 
 
 @pytest.mark.parametrize(("rank", "num_processes"), [(0, 1), (0, 2), (1, 2), (2, 3)])
-def test_resumed_anywhere_the_order_goes_on(texts, as_process, rank, num_processes):
-    """At random points of three epochs, and again from a stream that was itself resumed."""
+def test_the_order_is_the_same_after_resuming_anywhere(texts, as_process, rank, num_processes):
+    """The order is the same after random points of three epochs, also if resumed twice."""
     as_process(rank, num_processes)
-    _, *held_out = texts.first(30, 30)
+    _, held_out = texts.take_first(30, 30)
     rng = random.Random(rank)
     whole = take(texts, held_out, 900 // num_processes, size=37)
     assert whole[-1][0]["epoch"] >= 1
 
     def check(position, start: int, count: int):
-        """What comes after `position`, which is that after `start` blocks."""
+        """Check `count` blocks after `position`, which is the position after `start` blocks."""
         resumed = take(texts, held_out, min(count, len(whole) - start), position=position, size=37)
         expected = whole[start : start + count]
         assert [block for _, block in resumed] == [block for _, block in expected]
-        for name in START.keys() - {"state"}:  # of which datasets has several for the same row
+        # The library has several states for the same row.
+        for name in START.keys() - {"state"}:
             assert [after[name] for after, _ in resumed] == [after[name] for after, _ in expected]
         return resumed
 
@@ -227,12 +262,13 @@ def test_resumed_anywhere_the_order_goes_on(texts, as_process, rank, num_process
         second = rng.randrange(20)
         twice = check(resumed[second][0], first + second + 2, 30)
         check(twice[5][0], first + second + 8, 20)
-    for first in points[:2]:  # as far as two epochs on
+    # These go on for up to two epochs.
+    for first in points[:2]:
         check(whole[first][0], first + 1, 900)
 
 
 def test_what_was_read_is_not_read_again(tmp_path, tokenizer):
-    """Shards before that of the position may be gone; a state within an epoch is small."""
+    """Shards before the position may be deleted. A state within an epoch is small."""
     paths = write_shards(tmp_path / "shards", "txt", make_documents([300, 300, 300]))
     texts = open_stream(paths, tokenizer)
     held_out = ([0, 0, 0], np.zeros(0, np.int32))
@@ -244,98 +280,105 @@ def test_what_was_read_is_not_read_again(tmp_path, tokenizer):
 
 def test_max_train_samples(texts, tokenizer):
     tokens = tokens_of(tokenizer, flat(make_documents(SIZES)))
-    _, *held_out = texts.first(10, 10)
+    _, held_out = texts.take_first(10, 10)
     expected = sorted(blocks_of(tokens)[0][10:55])
     drawn = [block for _, block in take(texts, held_out, 135, limit=45, size=20)]
     assert [sorted(drawn[i : i + 45]) for i in (0, 45, 90)] == [expected] * 3
 
 
 @pytest.mark.parametrize(("held", "batch_size"), [(0, 400), (200, 200)])
-def test_too_short(texts, held, batch_size):
-    """The counts are in the message. One more block is too many to hold out."""
+def test_too_little_data_is_refused(texts, held, batch_size):
+    """The message has the counts. One block more than there are cannot be held out."""
     tokens = tokens_of(texts.tokenizer, flat(make_documents(SIZES)))
     count = len(tokens) // BLOCK
-    with pytest.raises(
-        stream.InputError, match=f"--num_eval_samples {count + 1}: the data has {count} blocks"
-    ):
-        texts.first(count + 1, count + 1)
-    _, *held_out = texts.first(held, held)
-    message = rf"the data has {count - held} blocks of 16 tokens, {len(tokens) % BLOCK} more; a batch takes {batch_size}"
+    message = f"--num_eval_samples {count + 1}: the data has {count} blocks"
+    with pytest.raises(stream.InputError, match=message):
+        texts.take_first(count + 1, count + 1)
+    _, held_out = texts.take_first(held, held)
+    rest = len(tokens) % BLOCK
+    message = (
+        f"the data has {count - held} blocks of 16 tokens, {rest} more; a batch takes {batch_size}"
+    )
     with pytest.raises(stream.InputError, match=message):
         take(texts, held_out, 1, batch_size=batch_size)
 
 
-def test_a_column_that_stops_being_text(tmp_path, tokenizer):
+def test_a_column_that_stops_being_text_is_refused(tmp_path, tokenizer):
     paths = write_shards(tmp_path / "shards", "parquet", [["w1 w2 w3"] * 300, ["w4"]])
     pyarrow.parquet.write_table(pyarrow.table({"text": [["w4"]], "number": [0]}), paths[1])
     texts = open_stream(paths, tokenizer)
-    held_out = ([0, 0], np.zeros(0, np.int32))
+    held_out = stream.HeldOut([0, 0], np.zeros(0, np.int32))
     assert len(take(texts, held_out, 60, size=1)) == 60
-    with pytest.raises(stream.InputError, match="the data: unreadable"):
+    with pytest.raises(stream.InputError, match="the data: cannot be read"):
         take(texts, held_out, 500)
 
 
-# --------------------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 
-def test_masks_are_the_template_s(tokenizer):
+def test_masks_are_those_of_run_mlm_flax(tokenizer):
     rng = np.random.default_rng(0)
     input_ids = rng.integers(0, len(tokenizer), (64, BLOCK), dtype=np.int32)
-    mask = lambda module: module.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)(  # noqa: E731
-        {"input_ids": input_ids.copy()}, np.random.Generator(np.random.PCG64(7)), 8
-    )
-    expected, found = mask(mlm), mask(stream)
+
+    def mask(module):
+        collator = module.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)
+        rng = np.random.Generator(np.random.PCG64(7))
+        return collator({"input_ids": input_ids.copy()}, rng, 8)
+
+    expected = mask(mlm)
+    found = mask(stream)
     assert all((expected[name] == found[name]).all() for name in ("input_ids", "labels"))
 
 
 @pytest.mark.parametrize(("rows", "size"), [(37, 1), (37, 2), (5, 2), (64, 4)])
-def test_evaluation_is_the_template_s(tokenizer, as_process, monkeypatch, rows, size):
-    """Batches of one process, and those of two of half as many devices side by side."""
+def test_evaluation_is_that_of_run_mlm_flax(tokenizer, as_process, monkeypatch, rows, size):
+    """Batches of one process, and of two processes with half as many devices each, are the same."""
     blocks = np.random.default_rng(0).integers(5, len(tokenizer), (rows, BLOCK), dtype=np.int32)
     ends = np.arange(1, rows + 1) * BLOCK
-    sequences = mlm.Sequences(
-        blocks.ravel(), np.zeros(blocks.size, np.int8), ends - BLOCK, ends, BLOCK, BLOCK
-    )
-    collators = [
-        module.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK) for module in (mlm, stream)
-    ]
-    expected = list(mlm.eval_batches(sequences, collators[0], 42, size))
-    found = list(stream.eval_batches(blocks, collators[1], 42, size))
+    continues_word = np.zeros(blocks.size, np.int8)
+    sequences = mlm.Sequences(blocks.ravel(), continues_word, ends - BLOCK, ends, BLOCK, BLOCK)
+    expected_collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)
+    expected = list(mlm.eval_batches(sequences, expected_collator, 42, size))
+    collator = stream.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)
+    found = list(stream.eval_batches(blocks, collator, 42, size))
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     halves = []
     for rank in range(2):
         as_process(rank, 2)
-        halves.append(list(stream.eval_batches(blocks, collators[1], 42, size)))
+        halves.append(list(stream.eval_batches(blocks, collator, 42, size)))
     assert len(expected) == len(found) == len(halves[0]) == len(halves[1])
     for one, other, *parts in zip(expected, found, *halves, strict=True):
         together = {name: np.concatenate([part[name] for part in parts]) for name in other}
         for labels in (other["labels"], together["labels"]):
             assert (one["labels"] == labels).all()
-        shown = (one["labels"] != -100).any(
-            axis=-1
-        )  # a row that fills up the last batch may be any
+        # Rows that fill up the last batch have no labels. Their tokens make no difference.
+        has_labels = (one["labels"] != -100).any(axis=-1)
         for input_ids in (other["input_ids"], together["input_ids"]):
-            assert (one["input_ids"][shown] == input_ids[shown]).all()
+            assert (one["input_ids"][has_labels] == input_ids[has_labels]).all()
 
 
 def test_processes_mask_as_one(tokenizer, as_process, monkeypatch):
-    """A step's masks are a function of seed and step: those of a process are its rows of those of all."""
+    """A step's masks depend on seed and step. A process has the masks of its rows of the batch."""
     blocks = np.random.default_rng(0).integers(5, len(tokenizer), (64, BLOCK), dtype=np.int32)
     collator = stream.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)
-    batches = lambda rows: list(  # noqa: E731
-        stream.train_batches(
-            iter([({}, row) for row in rows]), collator, 42, range(3, 4), (1, 8), {}
-        )
-    )
-    (whole,) = batches(blocks)
+
+    def batch_of(rows):
+        stream_of_rows = iter([({}, row) for row in rows])
+        steps = range(3, 4)
+        progress = stream.StreamProgress({})
+        (batch,) = stream.train_batches(stream_of_rows, collator, 42, steps, (1, 8), progress)
+        return batch
+
+    whole = batch_of(blocks)
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     for rank, rows in enumerate(np.split(blocks, 2)):
         as_process(rank, 2)
-        (part,) = batches(rows)
-        assert all((part[name] == np.split(whole[name], 2)[rank]).all() for name in whole)
+        part = batch_of(rows)
+        for name, array in whole.items():
+            assert (part[name] == np.split(array, 2)[rank]).all()
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 STEPS = 40
 TRAINING = {
@@ -372,31 +415,31 @@ def undisturbed(place) -> Path:
 EXPORTED = ("flax_model.msgpack", "model.safetensors", "eval_results.json")
 
 
+def run_file(output_dir: Path, step: int) -> Path:
+    return output_dir / "checkpoints" / str(step) / "run.json"
+
+
 def check_same(a: Path, b: Path, names=EXPORTED):
+    """Check that two runs have exported the same and that their last checkpoints are alike."""
     assert [name for name in names if (a / name).read_bytes() != (b / name).read_bytes()] == []
-    last = [
-        json.loads((x / "checkpoints" / str(checkpoints(x)[-1]) / "run" / "metadata").read_text())
-        for x in (a, b)
-    ]
-    assert last[0] == last[1]
+    last_a = json.loads(run_file(a, checkpoints(a)[-1]).read_text())
+    last_b = json.loads(run_file(b, checkpoints(b)[-1]).read_text())
+    assert last_a == last_b
 
 
-def test_killed_and_stopped_it_ends_with_the_same_weights(place, undisturbed):
-    """By SIGKILL in the first epoch and in the second, by SIGTERM between two saves."""
+def test_killed_and_stopped_runs_end_with_the_same_weights(place, undisturbed):
+    """Runs end by SIGKILL in the first and second epoch, and by SIGTERM between two saves."""
     output_dir = place.directory / "killed"
+    any_checkpoint = r"^rename .*/checkpoints/\d+$"
     log = r"^open .*/events\.out\.tfevents"
     for kill_at, number in (
         ([r"^rename .*/checkpoints/6$"], signal.SIGKILL),
-        (
-            [r"^rename .*/checkpoints/\d+$"] * 3 + [r"^rename .*/flax_model\.msgpack$"],
-            signal.SIGKILL,
-        ),
+        ([any_checkpoint] * 3 + [r"^rename .*/flax_model\.msgpack$"], signal.SIGKILL),
         ([log] * 6, signal.SIGTERM),
         ([r"^rename .*/checkpoints/36$"], signal.SIGKILL),
     ):
-        run = place.run(
-            output_dir, **TRAINING, dataset_name="folder", kill_at=kill_at, kill_with=number
-        )
+        killing = {"kill_at": kill_at, "kill_with": number}
+        run = place.run(output_dir, **TRAINING, **killing, dataset_name="folder")
         assert (run.returncode, run.lines) == (128 + number, [])
     assert checkpoints(output_dir)[-1] < 36
     run = place.run(output_dir, **TRAINING, dataset_name="folder")
@@ -405,7 +448,10 @@ def test_killed_and_stopped_it_ends_with_the_same_weights(place, undisturbed):
 
 
 def test_a_shard_that_cannot_be_read(place, undisturbed):
-    """Training ends with the last batch before it; when the shard is mended, it goes on as if nothing had been."""
+    """Training ends with the last batch before the shard.
+
+    After the shard is repaired, training resumes, and its result is that of an undisturbed run.
+    """
     folder = place.directory / "broken"
     folder.mkdir()
     for path in (place.directory / "folder").iterdir():
@@ -419,79 +465,98 @@ def test_a_shard_that_cannot_be_read(place, undisturbed):
     (line,) = run.lines
     (step,) = checkpoints(output_dir)
     assert 3 < step < STEPS
-    assert all(word in line for word in ("--dataset_name broken", "unreadable", f"step {step} "))
+    assert all(
+        word in line for word in ("--dataset_name broken", "cannot be read", f"step {step} ")
+    )
     assert (output_dir / "model.safetensors").exists()
-    run = place.run("broken_run", **TRAINING, dataset_name="broken")  # nothing has changed
+
+    # The shard is still broken.
+    run = place.run("broken_run", **TRAINING, dataset_name="broken")
     assert (run.returncode, checkpoints(output_dir)) == (1, [step])
+
     third.write_bytes(whole)
     run = place.run("broken_run", **TRAINING, dataset_name="broken")
     assert (run.returncode, run.lines) == (0, [])
     check_same(output_dir, undisturbed)
 
 
-def test_another_run_s_checkpoint(place, undisturbed):
-    """It goes on from where the other run stood; given again, from where it stood itself, or, if that is damaged, from
-    the other's place again."""
-    first, last = checkpoints(undisturbed)[0], STEPS - 1
-    output_dir, other = place.directory / "another", undisturbed / "checkpoints" / str(first)
+def test_resuming_from_the_checkpoint_of_another_run(place, undisturbed):
+    """A run resumes from the checkpoint of another run, in a stream at that run's position.
+
+    Run again with the same flags, it resumes from its own checkpoint. If that one is damaged, it
+    resumes from the other run's checkpoint again.
+    """
+    first = checkpoints(undisturbed)[0]
+    last = STEPS - 1
+    output_dir = place.directory / "another"
+    other = undisturbed / "checkpoints" / str(first)
     flags = {**TRAINING, "dataset_name": "folder", "resume_from_checkpoint": other}
     kill_at = [rf"^rename .*/checkpoints/{last}$", r"^rename .*/flax_model\.msgpack$"]
     run = place.run(output_dir, **flags, kill_at=kill_at)
     assert (run.returncode, checkpoints(output_dir)) == (137, [last])
-    for start in (last, first):
+    for start, num_warnings in ((last, 0), (first, 2)):
         run = place.run(output_dir, **flags)
-        assert (run.returncode, len(run.lines)) == (0, 0 if start == last else 2), run.stderr
+        assert (run.returncode, len(run.lines)) == (0, num_warnings), run.stderr
         assert f"steps {start} to {STEPS}" in run.stderr
         check_same(output_dir, undisturbed)
         for step in checkpoints(output_dir):
-            (output_dir / "checkpoints" / str(step) / "run" / "metadata").write_text("damaged")
+            run_file(output_dir, step).write_text("damaged")
 
 
 def count_batches(script):
-    """The most batches that wait on the host, and on the devices, for a step to take them: to the file `counts`."""
+    """Change the script to write the largest numbers of waiting batches to the file `counts`.
+
+    The numbers are those on the host and on the devices that wait for a step to take them.
+    """
     import json
     import pathlib
 
     import jax
 
-    made, put, done, waiting = [], [], [], []
-    make_batch, shard, make_program = script.make_batch, script.shard, jax.pmap
+    made = []
+    put = []
+    done = []
+    waiting = []
 
     def count(batches, function):
         def counted(*args):
             result = function(*args)
-            batches.extend([1] if isinstance(result, dict) and "labels" in result else [])
+            if isinstance(result, dict) and "labels" in result:
+                batches.append(1)
             return result
 
         return counted
+
+    make_program = jax.pmap
 
     def pmap(*args, **options):
         program = make_program(*args, **options)
 
         def dispatch(*args):
             waiting.append((len(made) - len(done), len(put) - len(done)))
-            pathlib.Path("counts").write_text(
-                json.dumps([max(x) for x in zip(*waiting, strict=True)])
-            )
+            largest = [max(numbers) for numbers in zip(*waiting, strict=True)]
+            pathlib.Path("counts").write_text(json.dumps(largest))
             done.append(1)
             return program(*args)
 
         return dispatch
 
-    script.make_batch, script.shard, jax.pmap = count(made, make_batch), count(put, shard), pmap
+    script.make_batch = count(made, script.make_batch)
+    script.shard = count(put, script.shard)
+    jax.pmap = pmap
 
 
-def test_what_waits_on_the_devices(place):
-    """Is not more for a larger window, which is prepared on the host."""
-    changes = {
+def test_a_larger_window_puts_no_more_batches_on_the_devices(place):
+    """A larger window means more batches on the host, but not on the devices."""
+    flags = {
+        **TRAINING,
+        "dataset_name": "folder",
         "shuffle_buffer_size": 400,
         "num_train_steps": 60,
         "save_steps": 1000,
         "do_train": True,
     }
-    run = place.run(
-        "waiting", **{**TRAINING, **changes}, dataset_name="folder", change=count_batches
-    )
+    run = place.run("waiting", **flags, change=count_batches)
     assert (run.returncode, run.lines) == (0, [])
     on_host, on_devices = json.loads((place.directory / "counts").read_text())
     assert on_devices <= 3
@@ -509,28 +574,27 @@ def test_another_stream_is_not_resumed(place, undisturbed, changes):
 
 
 def test_two_processes(place):
-    """Each goes on where it stood, but one alone does not; they evaluate as one does."""
-    changes = {
+    """Two processes resume, but one process refuses to.
+
+    The evaluation of two processes is that of one.
+    """
+    flags = {
+        **TRAINING,
         "dataset_name": "folder",
         "num_train_steps": 12,
         "max_steps": -1,
         "eval_steps": None,
         "devices": 1,
     }
-    flags = {**TRAINING, **changes}
+    of_one_process = {**flags, **SAME_BATCH, "devices": 2}
     whole = finish_cluster(place, "two", **flags)
-    runs = start_cluster(
-        place,
-        "two_killed",
-        first={"kill_at": [r"^rename .*/checkpoints/9$"]}.items(),
-        **flags,
-        do_train=True,
-    )
+    first = {"kill_at": [r"^rename .*/checkpoints/9$"]}
+    runs = start_cluster(place, "two_killed", first=first.items(), **flags, do_train=True)
     runs[0].wait()
     runs[1].kill()
     killed = place.directory / "two_killed"
     assert (runs[0].returncode, checkpoints(killed)[-1]) == (137, 6)
-    run = place.run("two_killed", **{**flags, **SAME_BATCH, "devices": 2})
+    run = place.run("two_killed", **of_one_process)
     assert run.returncode == 1
     (line,) = run.lines
     assert "number of processes is 2, here 1" in line
@@ -539,38 +603,40 @@ def test_two_processes(place):
     assert losses(killed)[12] == losses(whole)[12]
 
     before = json.loads((whole / "eval_results.json").read_text())
-    run = place.run("two", **{**flags, **SAME_BATCH, "devices": 2}, do_eval=True)
+    run = place.run("two", **of_one_process, do_eval=True)
     assert run.returncode == 0, run.stderr
-    assert json.loads((whole / "eval_results.json").read_text()) == pytest.approx(before, rel=1e-5)
+    after = json.loads((whole / "eval_results.json").read_text())
+    assert after == pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.parametrize("flag", sorted(stream.NOT_OF_A_STREAM))
-def test_flags_that_a_stream_cannot_honour_are_refused(flag):
+def test_flags_that_a_stream_cannot_honor_are_refused(flag):
     argv = ["--output_dir=x", "--model_type=roberta", "--tokenizer_name=x", "--train_file=x.txt"]
     assert stream.parse_args(argv)
-    with pytest.raises(
-        stream.InputError, match=f"a stream has no lines and no length, see .*: {flag}$"
-    ):
-        stream.parse_args(
-            [*argv, flag, *([] if flag.endswith(("line", "pad_to_max_length", "mask")) else ["3"])]
-        )
-    assert flag.lstrip("-") in {
-        field.name for field in dataclasses.fields(mlm.DataTrainingArguments)
-    } | {"num_train_epochs"}
+    is_switch = flag.endswith(("line", "pad_to_max_length", "mask"))
+    refused = [flag] if is_switch else [flag, "3"]
+    message = f"a stream has no lines and no length, see .*: {flag}$"
+    with pytest.raises(stream.InputError, match=message):
+        stream.parse_args([*argv, *refused])
+    data_flags = {field.name for field in dataclasses.fields(mlm.DataTrainingArguments)}
+    assert flag.lstrip("-") in data_flags | {"num_train_epochs"}
 
 
 def test_the_same_text_as_the_template(tmp_path, tokenizer):
-    """Blocks, in order, from the same files: a folder, and each format, of which columns may be unknown."""
+    """Files of each format have the blocks of their texts, in order."""
     documents = flat(make_documents([300, 200]))
     expected = blocks_of(tokens_of(tokenizer, documents))[0]
     for kind in KINDS:
         paths = write_shards(tmp_path / kind, kind, make_documents([300, 200]))
         texts = open_stream(paths, tokenizer)
-        assert [tuple(block) for block in texts.first(len(expected), 1)[0].tolist()] == expected
+        assert first_blocks(texts, len(expected)) == expected
 
 
-def test_tokens_are_the_tokenizer_s(tmp_path, tokenizer):
-    """Those of its own call, whatever its file says of truncation and padding, and those of a slow one."""
+def test_tokens_are_those_of_the_tokenizer(tmp_path, tokenizer):
+    """Tokens are those of calling the tokenizer, whatever its file says of truncation and padding.
+
+    This holds for a slow tokenizer, too.
+    """
     from transformers import AutoTokenizer, BertTokenizer
 
     documents = make_documents([300])
@@ -582,19 +648,11 @@ def test_tokens_are_the_tokenizer_s(tmp_path, tokenizer):
     assert settings["truncation"]
     assert settings["padding"]
     short = AutoTokenizer.from_pretrained(tmp_path / "short")
-    texts = open_stream(paths, short)
-    assert [tuple(block) for block in texts.first(len(expected), 1)[0].tolist()] == expected
+    assert first_blocks(open_stream(paths, short), len(expected)) == expected
 
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *(f"w{number}" for number in range(NUM_WORDS)),
-    ]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += [f"w{number}" for number in range(NUM_WORDS)]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     slow = BertTokenizer(tmp_path / "vocab.txt")
     expected = blocks_of(tokens_of(slow, flat(documents)))[0]
-    found = open_stream(paths, slow).first(len(expected), 1)[0]
-    assert [tuple(block) for block in found.tolist()] == expected
+    assert first_blocks(open_stream(paths, slow), len(expected)) == expected

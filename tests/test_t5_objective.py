@@ -1,6 +1,6 @@
-"""The objective of run_t5_mlm_flax.py against a slow reference written from the T5 paper, section 3.1.4.
+"""The objective of run_t5_mlm_flax.py against a slow reference from section 3.1.4 of the T5 paper.
 
-Statistics are held to 5 standard deviations, as in test_mlm_objective.py.
+Statistics have to be within 5 standard deviations, as in test_mlm_objective.py.
 """
 
 import itertools
@@ -22,21 +22,26 @@ from transformers import CONFIG_MAPPING, FlaxAutoModelForSeq2SeqLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_t5_mlm_flax as t5
 
-EOS, START, LOWEST, TOP = 1, 0, 10, 32099
-SETTINGS = list(itertools.product((8, 33, 128, 512), (0.05, 0.15, 0.5, 0.9), (1.0, 2.5, 3.0, 10.0)))
+EOS = 1
+START = 0
+# Ordinary tokens have ids from LOWEST to TOP - 1001, sentinels from TOP down.
+LOWEST = 10
+TOP = 32099
+LENGTHS = (8, 33, 128, 512)
+DENSITIES = (0.05, 0.15, 0.5, 0.9)
+SPANS = (1.0, 2.5, 3.0, 10.0)
+SETTINGS = list(itertools.product(LENGTHS, DENSITIES, SPANS))
 
 
 class Tokenizer:
-    """What the collator needs of T5's."""
+    """The part of T5's tokenizer that the collator uses."""
 
     eos_token_id = EOS
     name_or_path = "as T5"
 
     def __init__(self, count: int = 600, mark: str = ""):
-        self.vocabulary = {f"{mark}<extra_id_{i}>": TOP - i for i in range(count)} | {
-            "▁the": 10,
-            "<extra_id": 11,
-        }
+        self.vocabulary = {f"{mark}<extra_id_{i}>": TOP - i for i in range(count)}
+        self.vocabulary |= {"▁the": 10, "<extra_id": 11}
 
     def get_vocab(self):
         return self.vocabulary
@@ -51,24 +56,35 @@ def make_collator(length=512, density=0.15, span=3.0):
 
 
 def make_rows(rows: int, length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(LOWEST, TOP - 1000, (rows, length), dtype=np.int32)
+    rng = np.random.default_rng(seed)
+    return rng.integers(LOWEST, TOP - 1000, (rows, length), dtype=np.int32)
+
+
+def is_sentinel(token):
+    return token > TOP - 1000
 
 
 def collate(collator, rows, rng):
-    kept = rows.copy()
+    """Corrupt `rows`. Check that they stay as they are, and the names and types of the batch."""
+    original = rows.copy()
     batch = collator({"input_ids": rows}, rng)
-    assert (rows == kept).all()
+    assert (rows == original).all()
     assert set(batch) == {"input_ids", "attention_mask", "labels", "decoder_input_ids"}
     assert all(array.dtype == np.int32 for array in batch.values())
     return batch
 
 
-# -------------------------------------------------------------------------------------------------- slow reference
+# ----------------------------------------------------------------------------------- slow reference
 
 
 def corrupt(tokens: list[int], left_out: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Figure 2 of the paper: each span (start, end) becomes a sentinel of its own; the target has what is left out."""
-    inputs, target, position = [], [], 0
+    """Figure 2 of the paper: each span (start, end) is replaced by a sentinel of its own.
+
+    The target has the sentinels, each followed by the tokens of its span.
+    """
+    inputs = []
+    target = []
+    position = 0
     for number, (start, end) in enumerate(left_out):
         sentinel = TOP - number
         inputs += [*tokens[position:start], sentinel]
@@ -78,16 +94,18 @@ def corrupt(tokens: list[int], left_out: list[tuple[int, int]]) -> tuple[list[in
 
 
 def spans_of(inputs: list[int], target: list[int]) -> list[tuple[int, int]]:
-    """Where in the original the spans were: the only thing that is random."""
-    lengths, spans, position = [], [], 0
+    """The (start, end) of each span in the original text. Only these are random."""
+    lengths = []
     for token in target[:-1]:
-        if token > TOP - 1000:
+        if is_sentinel(token):
             lengths.append(0)
         else:
             lengths[-1] += 1
+    spans = []
+    position = 0
     remaining = iter(lengths)
     for token in inputs[:-1]:
-        if token > TOP - 1000:
+        if is_sentinel(token):
             length = next(remaining)
             spans.append((position, position + length))
             position += length
@@ -99,28 +117,32 @@ def spans_of(inputs: list[int], target: list[int]) -> list[tuple[int, int]]:
 def slow_counts(length: int, density: float, span: float) -> tuple[int, int]:
     num_noise = min(max(round(length * density), 1), length - 1)
     num_spans = max(round(num_noise / span), 1)
-    return num_noise, min(num_spans, num_noise, length - num_noise)  # no span and no gap is empty
+    # No span and no gap is empty.
+    return num_noise, min(num_spans, num_noise, length - num_noise)
 
 
 def slow_lengths(num_tokens: int, density: float, span: float) -> tuple[int, int, bool]:
-    """Of inputs, of targets, and whether spans are as many as the tokens between them."""
+    """The lengths of inputs and targets, and whether each token that stays precedes a span."""
     num_noise, num_spans = slow_counts(num_tokens, density, span)
     num_plain = num_tokens - num_noise
     return num_plain + num_spans + 1, num_noise + num_spans + 1, num_spans == num_plain
 
 
-# --------------------------------------------------------------------------------------------------------- lengths
+# ------------------------------------------------------------------------------------------ lengths
 
 
 def test_lengths_of_the_paper():
-    """The figures that T5's own code gives for its pre-training."""
+    """The lengths that T5's own code computes for its pre-training."""
     assert t5.compute_input_and_target_lengths(512, 0.15, 3.0) == (568, 114)
 
 
 @pytest.mark.parametrize(("length", "density", "span"), SETTINGS)
 def test_lengths(length, density, span):
-    """Inputs are as long as asked for, of as many tokens as fit; or one shorter where so much is left out that every
-    token that stays is followed by a span, which makes the length of inputs odd."""
+    """Inputs have the length asked for, and are made of as many tokens as fit.
+
+    They are one shorter where so much is left out that each token that stays is followed by a
+    span. The length of inputs is odd then.
+    """
     num_tokens, targets = t5.compute_input_and_target_lengths(length, density, span)
     inputs, expected_targets, odd = slow_lengths(num_tokens, density, span)
     assert targets == expected_targets
@@ -140,7 +162,7 @@ def test_shortest_lengths(length, density, span):
     assert num_tokens > num_noise >= num_spans >= 1
 
 
-# ------------------------------------------------------------------------------------------------------ corruption
+# --------------------------------------------------------------------------------------- corruption
 
 
 @pytest.mark.parametrize(("length", "density", "span"), SETTINGS)
@@ -149,92 +171,95 @@ def test_corruption_is_that_of_the_paper(length, density, span):
     rows = make_rows(24, collator.max_length)
     num_noise, num_spans = slow_counts(collator.max_length, density, span)
     batch = collate(collator, rows, generator(1))
-    inputs_length = slow_lengths(collator.max_length, density, span)[0]  # see test_lengths
+    # See test_lengths.
+    inputs_length = slow_lengths(collator.max_length, density, span)[0]
+    targets_length = num_noise + num_spans + 1
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (24, inputs_length)
-    assert (
-        batch["labels"].shape == batch["decoder_input_ids"].shape == (24, num_noise + num_spans + 1)
-    )
+    assert batch["labels"].shape == batch["decoder_input_ids"].shape == (24, targets_length)
     assert batch["attention_mask"].all()
-    for tokens, inputs, target, shown in zip(
-        rows.tolist(), batch["input_ids"].tolist(), batch["labels"].tolist(), batch["decoder_input_ids"].tolist(),
-        strict=True,
-    ):  # fmt: skip
+    for row, tokens in enumerate(rows.tolist()):
+        inputs = batch["input_ids"][row].tolist()
+        target = batch["labels"][row].tolist()
         spans = spans_of(inputs, target)
-        assert corrupt(tokens, spans) == (
-            inputs,
-            target,
-        )  # with it, that the two interleave to the original
-        assert len(spans) == num_spans
-        assert sum(end - start for start, end in spans) == num_noise
-        assert all(start < end for start, end in spans)
-        ends = [0, *(end for _, end in spans)]
-        assert all(
-            start > end for (start, _), end in zip(spans, ends, strict=False)
-        )  # text is before each span
-        assert ends[-1] == len(tokens)  # parts alternate, text first: the last one is a span
-        assert [token for token in target if token > TOP - 1000] == list(
-            range(TOP, TOP - num_spans, -1)
-        )
-        assert shown == [START, *target[:-1]]
+        # This also shows that inputs and target together are the original.
+        assert corrupt(tokens, spans) == (inputs, target)
+        check_spans(spans, len(tokens), num_noise, num_spans)
+        sentinels = [token for token in target if is_sentinel(token)]
+        assert sentinels == list(range(TOP, TOP - num_spans, -1))
+        assert batch["decoder_input_ids"][row].tolist() == [START, *target[:-1]]
+
+
+def check_spans(spans, length: int, num_noise: int, num_spans: int):
+    """Check the spans' number and sizes. Text and spans alternate, and text comes first."""
+    assert len(spans) == num_spans
+    assert sum(end - start for start, end in spans) == num_noise
+    end_before = 0
+    for start, end in spans:
+        assert end_before < start < end
+        end_before = end
+    assert end_before == length
 
 
 def compositions(total: int, parts: int) -> list[tuple[int, ...]]:
     """All ways to write `total` as a sum of `parts` positive numbers, in their order."""
     if parts == 1:
         return [(total,)]
-    return [
-        (n, *rest)
-        for n in range(1, total - parts + 2)
-        for rest in compositions(total - n, parts - 1)
-    ]
+    found = []
+    for first in range(1, total - parts + 2):
+        found += [(first, *rest) for rest in compositions(total - first, parts - 1)]
+    return found
 
 
 @pytest.mark.parametrize(
     ("total", "parts"), [(2, 1), (2, 2), (6, 2), (7, 3), (9, 4), (6, 6), (8, 7), (10, 5)]
 )
 def test_segmentations_are_uniform(total, parts):
-    draws = (
-        generator(total * parts).bit_generator.random_raw(40_000 * (total - 1)).reshape(40_000, -1)
-    )
-    lengths = t5.random_lengths(draws, parts)
-    every = {composition: i for i, composition in enumerate(compositions(total, parts))}
-    assert len(every) == math.comb(total - 1, parts - 1)
-    counts = np.bincount([every[tuple(row)] for row in lengths.tolist()], minlength=len(every))
-    if len(every) > 1:
+    num_rows = 40_000
+    bits = generator(total * parts).bit_generator
+    draws = bits.random_raw(num_rows * (total - 1)).reshape(num_rows, -1)
+    lengths = t5.random_segmentation(draws, parts)
+    numbers = {composition: i for i, composition in enumerate(compositions(total, parts))}
+    assert len(numbers) == math.comb(total - 1, parts - 1)
+    found = [numbers[tuple(row)] for row in lengths.tolist()]
+    counts = np.bincount(found, minlength=len(numbers))
+    if len(numbers) > 1:
         assert_uniform(counts)
 
 
 def test_corruptions_are_uniform():
-    """All pairs of segmentations: of the tokens that stay and of those left out, independently of each other."""
+    """All pairs of segmentations are equally likely.
+
+    The tokens that stay are segmented independently of those that are left out.
+    """
     collator = make_collator(length=9, density=0.4, span=2.0)
     num_noise, num_spans = slow_counts(collator.max_length, 0.4, 2.0)
     assert num_spans > 1
-    rows = np.tile(np.arange(LOWEST, LOWEST + collator.max_length, dtype=np.int32), (60_000, 1))
-    batch = collate(collator, rows, generator(3))
-    pairs = list(
-        itertools.product(
-            compositions(collator.max_length - num_noise, num_spans),
-            compositions(num_noise, num_spans),
-        )
-    )
-    every = {}
-    for plain, noise in pairs:
-        ends = np.cumsum([n for pair in zip(plain, noise, strict=True) for n in pair]).tolist()
-        every[tuple(zip(ends[0::2], ends[1::2], strict=True))] = len(every)
-    found, times = np.unique(
-        np.concatenate([batch["input_ids"], batch["labels"]], axis=1), axis=0, return_counts=True
-    )
-    counts = np.zeros(len(every), np.int64)
-    for row, count in zip(found.tolist(), times, strict=True):
-        counts[every[tuple(spans_of(row[:9], row[9:]))]] = count
-    assert counts.sum() == 60_000
+    num_rows = 60_000
+    row = np.arange(LOWEST, LOWEST + collator.max_length, dtype=np.int32)
+    batch = collate(collator, np.tile(row, (num_rows, 1)), generator(3))
+
+    # The spans (start, end) of each pair of segmentations.
+    numbers = {}
+    for plain in compositions(collator.max_length - num_noise, num_spans):
+        for noise in compositions(num_noise, num_spans):
+            lengths = [length for pair in zip(plain, noise, strict=True) for length in pair]
+            ends = np.cumsum(lengths).tolist()
+            numbers[tuple(zip(ends[0::2], ends[1::2], strict=True))] = len(numbers)
+
+    outputs = np.concatenate([batch["input_ids"], batch["labels"]], axis=1)
+    found, times = np.unique(outputs, axis=0, return_counts=True)
+    counts = np.zeros(len(numbers), np.int64)
+    for output, count in zip(found.tolist(), times, strict=True):
+        spans = spans_of(output[:9], output[9:])
+        counts[numbers[tuple(spans)]] = count
+    assert counts.sum() == num_rows
     assert_uniform(counts)
 
 
-def test_equal_draws_are_told_apart():
-    """Counts are fixed whatever the draws, or shapes would not be."""
+def test_counts_are_fixed_even_if_all_draws_are_equal():
+    """The number and sum of lengths do not depend on the draws, so shapes are static."""
     for value in (0, 2**64 - 1):
-        lengths = t5.random_lengths(np.full((3, 9), value, np.uint64), 4)
+        lengths = t5.random_segmentation(np.full((3, 9), value, np.uint64), 4)
         assert (lengths >= 1).all()
         assert (lengths.sum(axis=1) == 10).all()
 
@@ -242,63 +267,67 @@ def test_equal_draws_are_told_apart():
 def test_corruption_is_a_function_of_the_generator():
     collator = make_collator()
     rows = make_rows(16, collator.max_length)
-    first, second, other = (collate(collator, rows, generator(seed)) for seed in (3, 3, 4))
+    first = collate(collator, rows, generator(3))
+    second = collate(collator, rows, generator(3))
+    other = collate(collator, rows, generator(4))
     assert all((first[name] == second[name]).all() for name in first)
     assert (first["labels"] != other["labels"]).any(axis=1).all()
-    assert len(np.unique(first["input_ids"] > TOP - 1000, axis=0)) == 16
+    # No two rows have their spans at the same places.
+    assert len(np.unique(is_sentinel(first["input_ids"]), axis=0)) == 16
 
 
 def test_corruption_does_not_depend_on_the_layout():
-    """Row r starts at draw r * max_length: hosts corrupt their rows alone."""
+    """Row r starts at draw r * max_length, so each host corrupts its own rows alone."""
     collator = make_collator(length=96)
     rows = make_rows(48, collator.max_length)
     whole = collate(collator, rows, generator(6))
     for start in range(0, 48, 16):
-        part = collate(
-            collator, rows[start : start + 16], generator(6, start * collator.max_length)
-        )
-        assert all((part[name] == whole[name][start : start + 16]).all() for name in whole)
+        rng = generator(6, start * collator.max_length)
+        part = collate(collator, rows[start : start + 16], rng)
+        for name, array in whole.items():
+            assert (part[name] == array[start : start + 16]).all()
 
 
-# ------------------------------------------------------------------------------------------------------- sentinels
+# ---------------------------------------------------------------------------------------- sentinels
 
 
-def test_sentinels_are_those_of_the_tokenizer():
-    class Ascending(Tokenizer):
-        def get_vocab(self):
-            return {f"<extra_id_{i}>": 32000 + i for i in range(100)}
+class AscendingTokenizer(Tokenizer):
+    """A tokenizer.json without sentinels gets them in this order when it is loaded."""
 
-    rows = make_rows(4, 568)
-    for tokenizer, ids in (
+    def get_vocab(self):
+        return {f"<extra_id_{i}>": 32000 + i for i in range(100)}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "ids"),
+    [
         (Tokenizer(100), range(TOP, TOP - 28, -1)),
-        (Tokenizer(100, mark="▁"), range(TOP, TOP - 28, -1)),  # as mT5's
-        (
-            Ascending(),
-            range(32000, 32028),
-        ),  # as a tokenizer.json without sentinels gets them on loading
-    ):
-        batch = collate(t5.FlaxDataCollatorForT5MLM(tokenizer, 512), rows, generator())
-        for name in ("input_ids", "labels"):
-            assert all(
-                [token for token in row if token >= 32000] == list(ids)
-                for row in batch[name].tolist()
-            )
+        (Tokenizer(100, mark="▁"), range(TOP, TOP - 28, -1)),
+        (AscendingTokenizer(), range(32000, 32028)),
+    ],
+    ids=["t5", "mt5", "ascending"],
+)
+def test_sentinels_are_those_of_the_tokenizer(tokenizer, ids):
+    batch = collate(t5.FlaxDataCollatorForT5MLM(tokenizer, 512), make_rows(4, 568), generator())
+    for name in ("input_ids", "labels"):
+        for row in batch[name].tolist():
+            assert [token for token in row if token >= 32000] == list(ids)
 
 
 @pytest.mark.parametrize(("count", "length"), [(0, 512), (27, 512), (100, 4096)])
-def test_too_few_sentinels(count, length):
+def test_too_few_sentinels_are_refused(count, length):
     with pytest.raises(t5.InputError, match=rf"as T5: it has {count} sentinels.*--max_seq_length"):
         t5.FlaxDataCollatorForT5MLM(Tokenizer(count), length)
 
 
-def test_no_eos():
+def test_a_tokenizer_without_eos_is_refused():
     tokenizer = Tokenizer()
     tokenizer.eos_token_id = None
     with pytest.raises(t5.InputError, match="eos"):
         t5.FlaxDataCollatorForT5MLM(tokenizer, 512)
 
 
-# ------------------------------------------------------------------------------------------------------ the models
+# --------------------------------------------------------------------------------------- the models
 
 VOCAB = 101
 TINY = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
@@ -308,36 +337,48 @@ FAMILIES = {
     "mt5": TINY,
     "longt5, local": {**TINY, "encoder_attention_type": "local", "local_radius": 4},
     "longt5, transient-global": {
-        **TINY, "encoder_attention_type": "transient-global", "local_radius": 4, "global_block_size": 4,
+        **TINY,
+        "encoder_attention_type": "transient-global",
+        "local_radius": 4,
+        "global_block_size": 4,
     },
-}  # fmt: skip
+}
 
 
 def make_model(family: str):
-    """A tiny model, and parameters that all matter."""
-    t5.mend_clip()
+    """A tiny model, and parameters that all have an effect."""
+    t5.restore_clip_argument()
     config = CONFIG_MAPPING[family.partition(",")[0]](vocab_size=VOCAB, **FAMILIES[family])
     model = FlaxAutoModelForSeq2SeqLM.from_config(config, _do_init=False)
     rng = np.random.default_rng(0)
-    shapes = flatten_dict(model.params_shape_tree)
-    flat = {
-        path: (x.ndim == 1) + 0.2 * rng.standard_normal(x.shape, np.float32)
-        for path, x in shapes.items()
-    }
-    return config, model, unflatten_dict({path: x.astype(np.float32) for path, x in flat.items()})
+    params = {}
+    for path, x in flatten_dict(model.params_shape_tree).items():
+        is_scale = x.ndim == 1
+        value = is_scale + 0.2 * rng.standard_normal(x.shape, np.float32)
+        params[path] = value.astype(np.float32)
+    return config, model, unflatten_dict(params)
 
 
 def model_batch():
     rng = np.random.default_rng(1)
+    input_ids = rng.integers(2, VOCAB, (3, 24), np.int32)
+    labels = rng.integers(2, VOCAB, (3, 9), np.int32)
+    decoder_input_ids = np.insert(labels[:, :-1], 0, 0, axis=1)
+    # Token 0 counts like any other token.
+    labels[0, :5] = 0
+    # A row that fills up a batch has no labels.
+    labels[2] = -100
     batch = {
-        name: rng.integers(2, VOCAB, (3, n), np.int32)
-        for name, n in (("input_ids", 24), ("labels", 9))
+        "input_ids": input_ids,
+        "attention_mask": np.ones_like(input_ids),
+        "decoder_input_ids": decoder_input_ids,
+        "labels": labels,
     }
-    batch["decoder_input_ids"] = np.insert(batch["labels"][:, :-1], 0, 0, axis=1)
-    batch["attention_mask"] = np.ones_like(batch["input_ids"])
-    batch["labels"][0, :5] = 0  # token 0 is a token
-    batch["labels"][2] = -100  # as of a row that fills up a batch
     return jax.tree.map(jnp.asarray, batch)
+
+
+def model_inputs(batch):
+    return {name: x for name, x in batch.items() if name != "labels"}
 
 
 @pytest.mark.parametrize(
@@ -353,7 +394,10 @@ def model_batch():
     ],
 )
 def test_a_configuration_of_transformers_5(tmp_path, tied, said):
-    """It says of version 1.1 and mT5 that the embeddings are tied, and elsewhere that they are not."""
+    """Configs of Transformers 5 say that embeddings are tied, also where the model's are not.
+
+    Version 1.1 of T5, which sets `scale_decoder_outputs` to false, and mT5 have untied embeddings.
+    """
     from training_scripts import NUM_SENTINELS, word_tokenizer
 
     word_tokenizer(tmp_path, sentinels=NUM_SENTINELS)
@@ -382,104 +426,122 @@ def test_every_family_is_tested():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_is_the_mean_over_the_targets(family):
-    """In float64, one label after the other."""
+    """Compare with float64, one label at a time."""
     _, model, params = make_model(family)
     batch = model_batch()
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    key = jax.random.key(0, impl="rbg")  # dropout is zero: the key is used and changes nothing
+    # Dropout is zero, so the key is used and changes nothing.
+    key = jax.random.key(0, impl="rbg")
 
     @jax.jit
-    def all_of_them(params):
+    def logits_loss_and_gradients(params):
+        logits = model(**model_inputs(batch), params=params).logits
         grads, _ = jax.grad(t5.loss_sums, has_aux=True)(params, batch, model, key)
-        return model(**inputs, params=params).logits, t5.loss_sums(params, batch, model), grads
+        return logits, t5.loss_sums(params, batch, model), grads
 
-    logits, (loss, sums), grads = all_of_them(params)
+    logits, (loss, sums), grads = logits_loss_and_gradients(params)
     logits = np.asarray(logits, np.float64)
-    expected, right = 0.0, 0
+    labels = np.asarray(batch["labels"])
+    expected = 0.0
+    num_right = 0
     for row in range(2):
-        for position, label in enumerate(np.asarray(batch["labels"])[row]):
-            expected += np.log(np.exp(logits[row, position]).sum()) - logits[row, position, label]
-            right += logits[row, position].argmax() == label
+        for position, label in enumerate(labels[row]):
+            scores = logits[row, position]
+            expected += np.log(np.exp(scores).sum()) - scores[label]
+            num_right += scores.argmax() == label
     assert loss == sums["loss"] == pytest.approx(expected, rel=1e-5)
-    assert (sums["predicted"], sums["accuracy"]) == (18, right)
+    assert (sums["predicted"], sums["accuracy"]) == (18, num_right)
     assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(grads))
 
 
 def test_logits_are_never_whole():
-    """In the compiled gradients nothing has a value for each token and each id, neither logits nor one-hot labels."""
+    """No array of the compiled gradients has a value for each token and each id.
+
+    Such an array would be the logits or one-hot labels.
+    """
     _, model, params = make_model("t5")
     batch = model_batch()
     key = jax.random.key(0, impl=t5.DROPOUT_PRNG)
-    step = jax.jit(jax.grad(lambda params: t5.loss_sums(params, batch, model, dropout_rng=key)[0]))
-    shapes = set(re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", step.lower(params).compile().as_text()))
-    sizes = {
-        math.prod(map(int, shape.split(","))) for shape in shapes if str(VOCAB) in shape.split(",")
-    }
-    tokens = batch["labels"].size
-    piece = math.ceil(tokens / t5.PIECES)
+
+    def loss(params):
+        return t5.loss_sums(params, batch, model, dropout_rng=key)[0]
+
+    program = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+    sizes = set()
+    for shape in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", program):
+        axes = [int(axis) for axis in shape.split(",")]
+        if VOCAB in axes:
+            sizes.add(math.prod(axes))
+    num_tokens = batch["labels"].size
+    piece = math.ceil(num_tokens / t5.PIECES)
     assert piece * VOCAB in sizes
-    assert not sizes & {count * VOCAB for count in range(tokens - tokens % piece, tokens + piece)}
+    # The number of tokens may be padded to a multiple of the piece.
+    num_tokens_or_more = range(num_tokens - num_tokens % piece, num_tokens + piece)
+    assert not sizes & {count * VOCAB for count in num_tokens_or_more}
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
-    """From the hidden states that the model gives in half precision, against float64: that would be off by more."""
+    """Compare with float64, from the half-precision hidden states that the model returns.
+
+    A loss in half precision would be off by more.
+    """
     _, model, params = make_model("t5")
     model = type(model)(model.config, dtype=dtype, _do_init=False)
     batch = model_batch()
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
-    states = (
-        model(**inputs, params=params, output_hidden_states=True)
-        .decoder_hidden_states[-1]
-        .astype(dtype)
-    )
+    outputs = model(**model_inputs(batch), params=params, output_hidden_states=True)
+    states = outputs.decoder_hidden_states[-1].astype(dtype)
     kernel = params["shared"]["embedding"].T * model.config.d_model**-0.5
-    exact = np.asarray(states, np.float64) @ np.asarray(kernel.astype(dtype), np.float64)
+    logits = np.asarray(states, np.float64) @ np.asarray(kernel.astype(dtype), np.float64)
     labels = np.asarray(batch["labels"])
-    losses = (
-        np.log(np.exp(exact).sum(-1))
-        - np.take_along_axis(exact, np.maximum(labels, 0)[..., None], -1)[..., 0]
-    )
+    picked = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    losses = np.log(np.exp(logits).sum(-1)) - picked
     loss, sums = t5.loss_sums(params, batch, model)
     assert all(value.dtype == jnp.float32 for value in (loss, *sums.values()))
     assert loss == pytest.approx(losses[labels != -100].sum(), rel=2e-6)
 
 
+def slow_bucket(distance: int, bidirectional: bool, buckets: int = 32, furthest: int = 128) -> int:
+    """The bucket of a relative position, in the steps of the PyTorch code of T5."""
+    offset = 0
+    if bidirectional:
+        buckets //= 2
+        offset = buckets if distance > 0 else 0
+        distance = abs(distance)
+    else:
+        distance = -min(distance, 0)
+    exact = buckets // 2
+    if distance < exact:
+        return offset + distance
+    large = exact + math.log(distance / exact) / math.log(furthest / exact) * (buckets - exact)
+    return offset + min(int(large + 1e-9), buckets - 1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_clip_is_mended(family):
-    """Relative positions are put in buckets as the T5 code of PyTorch has it, in whose words this is written."""
+    """Flax puts relative positions into the same buckets as PyTorch."""
     _, model, _ = make_model(family)
-    module = sys.modules[
-        type(model).__mro__[1].__module__ if family == "mt5" else type(model).__module__
-    ]
+    # The classes of mT5 are derived from those of T5.
+    model_class = type(model).__mro__[1] if family == "mt5" else type(model)
+    module = sys.modules[model_class.__module__]
     attention = next(value for name, value in vars(module).items() if name.endswith("T5Attention"))
-
-    def bucket(distance: int, bidirectional: bool, buckets: int = 32, furthest: int = 128) -> int:
-        offset = 0
-        if bidirectional:
-            buckets //= 2
-            offset, distance = (buckets if distance > 0 else 0), abs(distance)
-        else:
-            distance = -min(distance, 0)
-        exact = buckets // 2
-        if distance < exact:
-            return offset + distance
-        large = exact + math.log(distance / exact) / math.log(furthest / exact) * (buckets - exact)
-        return offset + min(int(large + 1e-9), buckets - 1)
-
-    distances = np.array(
-        [x for x in range(-300, 301) if abs(x) not in (16, 32, 64, 128)]
-    )  # float32 may round there
-    for both in (True, False):
-        found = attention._relative_position_bucket(jnp.asarray(distances), bidirectional=both)
-        assert found.tolist() == [bucket(x, both) for x in distances.tolist()]
+    # At these powers of two float32 may round to another bucket.
+    rounded = (16, 32, 64, 128)
+    distances = [x for x in range(-300, 301) if abs(x) not in rounded]
+    for bidirectional in (True, False):
+        found = attention._relative_position_bucket(
+            jnp.asarray(np.array(distances)), bidirectional=bidirectional
+        )
+        assert found.tolist() == [slow_bucket(x, bidirectional) for x in distances]
 
 
-# ----------------------------------------------------------------------------------------------- the silent clamp
+# --------------------------------------------------------------------------------- the silent clamp
 
 
 def write_start(directory: Path, corpus: Path, **config):
-    """The documented recipe: tokenizer.json of 300 pieces, and a config whose vocabulary are those."""
+    """Write what the documented recipe does: a tokenizer.json of 300 pieces, and a config for them.
+
+    The config's vocabulary size does not include the sentinels.
+    """
     from t5_tokenizer_model import SentencePieceUnigramTokenizer
 
     tokenizer = SentencePieceUnigramTokenizer()
@@ -490,14 +552,11 @@ def write_start(directory: Path, corpus: Path, **config):
 
 
 def flags(start: Path, corpus: Path, output_dir: Path, *more: str) -> list[str]:
-    files = [
+    return [
+        "run_t5_mlm_flax.py",
         f"--train_file={corpus / 'validation.txt'}",
         f"--tokenizer_name={start}",
         f"--output_dir={output_dir}",
-    ]
-    return [
-        "run_t5_mlm_flax.py",
-        *files,
         "--max_seq_length=64",
         "--per_device_train_batch_size=2",
         *more,
@@ -505,23 +564,20 @@ def flags(start: Path, corpus: Path, output_dir: Path, *more: str) -> list[str]:
 
 
 def test_the_documented_recipe_learns_its_sentinels(tmp_path, corpus, run_script):
-    """Ids beyond the table would be clamped to its last row without a word: sentinels would be that piece, and every
-    one of them the same. Here each has a row, and training moves it."""
+    """Each sentinel has a row of its own in the embedding table, and training changes it.
+
+    An id beyond the table would be clamped to its last row without an error. All sentinels would
+    be that piece then.
+    """
     write_start(tmp_path, corpus)
-    argv = flags(
-        tmp_path,
-        corpus,
-        tmp_path / "out",
-        f"--config_name={tmp_path}",
-        "--do_train",
-        "--max_steps=3",
-    )
+    more = (f"--config_name={tmp_path}", "--do_train", "--max_steps=3")
+    argv = flags(tmp_path, corpus, tmp_path / "out", *more)
     run = run_script([*argv, "--learning_rate=0.01"], env={"XLA_FLAGS": None})
     assert run.returncode == 0, run.stderr
     (warning,) = [line for line in run.stderr.splitlines() if "WARNING" in line]
     assert {"400", "300"} <= set(re.findall(r"\d+", warning))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 400
-    t5.mend_clip()
+    t5.restore_clip_argument()
     args = t5.parse_args(argv[1:])
     config, tokenizer, _ = t5.load_config_and_tokenizer(args)
     before = np.asarray(t5.load_model(args, config)[1]["shared"]["embedding"])
@@ -531,18 +587,17 @@ def test_the_documented_recipe_learns_its_sentinels(tmp_path, corpus, run_script
     collator = t5.FlaxDataCollatorForT5MLM(tokenizer, 64)
     assert collator.sentinels.min() >= 300
     moved = np.abs(after - before).max(axis=1)
-    used = collator.sentinels
-    # The softmax moves each row a little; those of sentinels in the inputs and targets as the most frequent pieces.
-    assert moved[used].min() > 0.5 * moved.max()
+    # The softmax changes each row a little. The rows of sentinels, which are in the inputs and the
+    # targets, change as much as those of the most frequent pieces.
+    assert moved[collator.sentinels].min() > 0.5 * moved.max()
 
 
 def test_a_pretrained_model_keeps_its_table(tmp_path, corpus, run_script):
     write_start(tmp_path, corpus)
     _, model, params = make_model("t5")
     model.save_pretrained(tmp_path / "pretrained", params=params)
-    argv = flags(
-        tmp_path, corpus, tmp_path / "out", f"--model_name_or_path={tmp_path / 'pretrained'}"
-    )
+    pretrained = f"--model_name_or_path={tmp_path / 'pretrained'}"
+    argv = flags(tmp_path, corpus, tmp_path / "out", pretrained)
     run = run_script(argv, env={"XLA_FLAGS": None})
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith("run_t5_mlm_flax.py: error: ")

@@ -1,17 +1,19 @@
-"""What a run prints: progress bars for a person at a terminal, whole lines for a file."""
+"""The output of a run: progress bars at a terminal, whole lines in a file."""
 
 import re
 import sys
 
 from training_scripts import Place, child_environment, run_at_terminal, template_alone
 
-BAR = re.compile(r"\d+%\|")  # as tqdm draws it
+# The start of a progress bar of tqdm.
+BAR = re.compile(r"\d+%\|")
 
 
 def test_no_progress_bars_in_a_file(script, tmp_path):
     run = Place(script, tmp_path).run("out", max_steps=2, preprocessing_num_workers=2, save_steps=1)
     assert run.returncode == 0, run.stderr
-    assert run.lines == []  # all of it is log
+    # All lines of stderr are log lines.
+    assert run.lines == []
     assert "Step 2: train_loss" in run.stderr
     assert run.stdout == ""
     assert "\r" not in run.stderr
@@ -20,7 +22,7 @@ def test_no_progress_bars_in_a_file(script, tmp_path):
 
 @template_alone
 def test_progress_bars_at_a_terminal(script, tmp_path):
-    """So the test above can fail: the texts take a while to be tokenized, and a person sees how far it has come."""
+    """There are bars while texts are tokenized, so the test above can fail."""
     place = Place(script, tmp_path)
     command = [sys.executable, str(script.path), *place.flags("out", max_steps=1)]
     shown = run_at_terminal(command, env=child_environment())

@@ -1,6 +1,6 @@
-"""What one set of versions wrote, the other one goes on from: checkpoints and weights, in both directions.
+"""Checkpoints and weights of one set of versions are read by another one, in both directions.
 
-The other set is that of the Python that OTHER_PYTHON names, as `make test-oldest` does.
+OTHER_PYTHON names the Python of the other set. `make test-oldest` sets it.
 """
 
 import json
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def run(python: str, place: Place, output_dir: str, **changes) -> str:
-    """Its log, in which nothing but log lines may be."""
+    """Run the script, which may print nothing but log lines. Return its log."""
     command = [python, str(place.script.path), *place.flags(output_dir, **changes)]
     options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
     done = subprocess.run(command, env=child_environment(), cwd=place.directory, **options)
@@ -37,29 +37,36 @@ def results(output_dir: Path) -> dict:
 
 @pytest.mark.parametrize("other_first", [False, True])
 def test_checkpoints_and_weights_of_another_set(tmp_path, script, other_first):
-    """Resumed at step 4 it ends where the undisturbed run ended, but for rounding; its export is read, too."""
+    """A run that is resumed at step 4 ends as the undisturbed run did, up to rounding.
+
+    The exported weights are read, too.
+    """
     place = Place(script, tmp_path)
-    one, two = (OTHER, sys.executable) if other_first else (sys.executable, OTHER)
+    pythons = [sys.executable, OTHER]
+    if other_first:
+        pythons.reverse()
+    one, two = pythons
     assert "steps 0 to 8" in run(one, place, "one", **STEPS)
     whole = tmp_path / "one"
     shutil.copytree(whole, tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "8")
     for path in (tmp_path / "two").iterdir():
-        path.is_file() and path.unlink()
+        if path.is_file():
+            path.unlink()
     assert "steps 4 to 8" in run(two, place, "two", **STEPS)
     assert checkpoints(tmp_path / "two") == [4, 8]
     for name, value in results(whole).items():
         if "time" not in name and "second" not in name:
             assert results(tmp_path / "two")[name] == pytest.approx(value, rel=0.01), name
 
-    for kept in ("flax_model.msgpack", "model.safetensors"):
+    weights = ("flax_model.msgpack", "model.safetensors")
+    not_exported = shutil.ignore_patterns("checkpoints", "*_results.json", "events.*")
+    for kept in weights:
         folder = tmp_path / kept.partition(".")[0]
-        shutil.copytree(
-            whole,
-            folder,
-            ignore=shutil.ignore_patterns("checkpoints", "*_results.json", "events.*"),
-        )
-        [(folder / name).unlink() for name in {"flax_model.msgpack", "model.safetensors"} - {kept}]
+        shutil.copytree(whole, folder, ignore=not_exported)
+        for name in weights:
+            if name != kept:
+                (folder / name).unlink()
         read = {
             "model_name_or_path": folder,
             "config_name": None,

@@ -1,10 +1,13 @@
-"""The training scripts under test, and processes that run them. A new script needs one entry in SCRIPTS.
+"""The training scripts under test, and processes that run them.
 
-A process of its own costs each run two seconds of imports. So the scripts are imported once, in a server that forks a
-child for each run: the child is a process like any other, with its own devices, exit status, signals and file
-descriptors, and may be killed at any moment, also at one named by a file operation (`kill_at`).
+A new script needs one entry in SCRIPTS.
+
+The imports of a script take two seconds. So a server imports each script once and forks a child for
+each run. The child is a process like any other: it has its own devices, exit status, signals and
+file descriptors, and a test may kill it at any moment, or at a given file operation (`kill_at`).
 """
 
+import atexit
 import contextlib
 import fcntl
 import gc
@@ -20,6 +23,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -36,105 +40,132 @@ LENGTH = 32
 NUM_SENTINELS = 8
 
 
-# --------------------------------------------------------------------------------------------------- tiny models
+# ---------------------------------------------------------------------------------------
+# Tiny models
+# ---------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, lines: int, seed: int) -> Path:
-    """Lines of 5 to 20 words, the frequent ones first in the vocabulary."""
+    """Write lines of 5 to 20 words. Words with small numbers are the most frequent."""
     rng = random.Random(seed)
-    words = lambda: (
-        f"w{min(NUM_WORDS - 1, int(rng.expovariate(0.1)))}" for _ in range(rng.randint(5, 20))
-    )  # noqa: E731
-    path.write_text("".join(" ".join(words()) + "\n" for _ in range(lines)))
+    text = ""
+    for _ in range(lines):
+        num_words = rng.randint(5, 20)
+        numbers = [min(NUM_WORDS - 1, int(rng.expovariate(0.1))) for _ in range(num_words)]
+        text += " ".join(f"w{number}" for number in numbers) + "\n"
+    path.write_text(text)
     return path
 
 
 def word_tokenizer(
     directory: Path, without: tuple[str, ...] = (), num_words: int = NUM_WORDS, sentinels: int = 0
 ):
-    """One token a word, `<s> ... </s>` around each text, as a fast tokenizer; `without` some special tokens, and with
-    `sentinels` in the manner of T5's."""
+    """Save and return a fast tokenizer with one token for each word.
+
+    It puts `<s> ... </s>` around each text.
+
+    Args:
+        directory: where it is saved.
+        without: special tokens that the tokenizer does not declare, such as "mask".
+        num_words: number of words in the vocabulary, which are w0, w1 and so on.
+        sentinels: number of sentinel tokens, which are named as T5's are.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
-    vocabulary = [*special.values(), *(f"w{i}" for i in range(num_words))]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
-    )
+    words = [*special.values(), *(f"w{number}" for number in range(num_words))]
+    vocabulary = {word: token_id for token_id, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    ends = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=ends
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
-    named = {f"{name}_token": word for name, word in special.items() if name not in without}
+    names = {f"{name}_token": word for name, word in special.items() if name not in without}
     if sentinels:
-        named["additional_special_tokens"] = [f"<extra_id_{i}>" for i in reversed(range(sentinels))]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LENGTH, **named)
+        names["additional_special_tokens"] = [f"<extra_id_{i}>" for i in reversed(range(sentinels))]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LENGTH, **names)
     fast.save_pretrained(directory)
     return fast
 
 
 def tiny_model(model_type: str, sentinels: int = 0, **settings):
-    """Function that writes a tokenizer and the configuration of a model of one layer, with dropout, so that its random
-    numbers count: (directory, **changes of the configuration) -> None."""
+    """Return a function that writes a tokenizer and the config of a model with these settings.
+
+    The settings should describe a model of one layer with dropout, so that wrong random numbers
+    show. The function takes the directory and, as keyword arguments, changes of the config.
+    """
 
     def write(directory: Path, **changes):
         from transformers import CONFIG_MAPPING
 
         tokenizer = word_tokenizer(directory, sentinels=sentinels)
-        special = {
-            name: getattr(tokenizer, name)
-            for name in ("bos_token_id", "pad_token_id", "eos_token_id")
+        values = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
         }
-        values = {"vocab_size": len(tokenizer), **special, **settings, **changes}
-        CONFIG_MAPPING[model_type](**values).save_pretrained(directory)
+        config = CONFIG_MAPPING[model_type](**{**values, **settings, **changes})
+        config.save_pretrained(directory)
 
     return write
 
 
-# -------------------------------------------------------------------------------------------------------- scripts
+# ---------------------------------------------------------------------------------------
+# Scripts
+# ---------------------------------------------------------------------------------------
 
 
 def run_at_terminal(command: list[str], **options) -> bytes:
-    """What a person sees of a command that succeeds, at a terminal of 80 columns."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(
-        theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0)
-    )  # else it has no columns, and bars none
+    """Run a command that succeeds at a terminal of 80 columns, and return what is shown there."""
+    terminal, child_end = pty.openpty()
+    # A new terminal has no size, and progress bars would have no width.
+    rows_and_columns = struct.pack("HHHH", 24, 80, 0, 0)
+    fcntl.ioctl(child_end, termios.TIOCSWINSZ, rows_and_columns)
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, **options
+        command, stdin=subprocess.DEVNULL, stdout=child_end, stderr=child_end, **options
     ) as process:
-        os.close(theirs)
+        os.close(child_end)
         shown = b""
-        try:
-            while more := os.read(ours, 4096):
+        # Linux raises OSError once the other end is closed.
+        with contextlib.suppress(OSError):
+            while more := os.read(terminal, 4096):
                 shown += more
-        except OSError:  # how Linux says that the other end is closed
-            pass
-    os.close(ours)
+    os.close(terminal)
     assert process.returncode == 0, shown
     return shown
 
 
 @dataclass(frozen=True)
 class Script:
+    """What the tests need to know about a training script."""
+
     name: str
     model_type: str
-    other_model_type: str  # that the script knows, too
-    write_model: Callable  # (directory, **changes of the config) -> None: tokenizer and config of a tiny model
-    no_dropout: tuple[str, ...]  # the config's dropout rates, to be set to 0
+    # Another model type that the script supports.
+    other_model_type: str
+    # (directory, **changes of the config): writes the tokenizer and config of a tiny model.
+    write_model: Callable
+    # Names of the dropout rates in the config.
+    no_dropout: tuple[str, ...]
     length_flag: str = "max_seq_length"
-    width: str = "hidden_size"  # in its config
-    modules: tuple[str, ...] = ()  # what a run imports late, for the fork server to import early
-    flags: tuple[str, ...] = ()  # that it needs more than the others
-    block: int = LENGTH  # tokens of text that a sequence of LENGTH takes
-    num_sentinels: int = 0  # of its tokenizer
-    needs_model_type: bool = True  # without a config; else it has a default
-    has_positions: bool = True  # a table of them, which limits the length
-    is_stream: bool = (
-        False  # nothing of the data is stored, and each process has a part of it for itself
-    )
+    # Name of the model's width in the config.
+    width: str = "hidden_size"
+    # Modules that a run imports late. The fork server imports them before it forks.
+    modules: tuple[str, ...] = ()
+    # Flags that this script needs and the others do not.
+    flags: tuple[str, ...] = ()
+    # Number of tokens of text in a sequence of LENGTH tokens.
+    block: int = LENGTH
+    # Number of sentinel tokens in its tokenizer.
+    num_sentinels: int = 0
+    # Whether it needs --model_type if there is no config.
+    needs_model_type: bool = True
+    # Whether its model has a table of positions, which limits the length of a sequence.
+    has_positions: bool = True
+    # Whether it streams its data: nothing is stored, and each process reads a share of its own.
+    is_stream: bool = False
 
     def __str__(self):
         return self.name
@@ -155,7 +186,8 @@ SCRIPTS = [
             num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=32,
-            max_position_embeddings=LENGTH + 2,  # positions start after the pad id, which is 1
+            # Positions start after the pad id, which is 1.
+            max_position_embeddings=LENGTH + 2,
             type_vocab_size=1,
             hidden_dropout_prob=0.1,
             attention_probs_dropout_prob=0.1,
@@ -202,7 +234,8 @@ SCRIPTS = [
             "transformers.models.longt5.modeling_flax_longt5",
         ),
         width="d_model",
-        block=34,  # 5 of them in 2 spans: 29, 2 sentinels and eos
+        # Two spans hold 5 of the 34 tokens. The input is the other 29, 2 sentinels and eos.
+        block=34,
         num_sentinels=NUM_SENTINELS,
         has_positions=False,
     ),
@@ -230,29 +263,38 @@ SCRIPTS = [
     ),
 ]
 TEMPLATE = SCRIPTS[0]
-SCRIPTS.append(
-    replace(
-        TEMPLATE, name="run_mlm_flax_stream.py", flags=("--num_eval_samples=16",), is_stream=True
-    )
+STREAM = replace(
+    TEMPLATE, name="run_mlm_flax_stream.py", flags=("--num_eval_samples=16",), is_stream=True
 )
-# For tests of what the scripts have word for word in common, as test_copies.py makes sure.
+SCRIPTS.append(STREAM)
+# Marks tests of code that is word for word the same in all scripts, which test_copies.py verifies.
 template_alone = pytest.mark.only_where.with_args(lambda script, **others: script is TEMPLATE)
 
 
 class Place:
-    """A folder with all that a run needs, and the runs in it."""
+    """A folder with everything that runs of a script need, and with the runs themselves.
+
+    Args:
+        script: the script to run.
+        directory: an existing folder, which is the working directory of the runs.
+        dropout: whether the model has dropout.
+        forking: options of `ForkServer.start` for every run.
+    """
 
     def __init__(self, script: Script, directory: Path, dropout: bool = True, **forking):
-        self.script, self.directory, self.forking = script, directory, forking
+        self.script = script
+        self.directory = directory
+        self.forking = forking
         self.model = directory / "start"
-        script.write_model(self.model, **({} if dropout else dict.fromkeys(script.no_dropout, 0.0)))
+        changes = {} if dropout else dict.fromkeys(script.no_dropout, 0.0)
+        script.write_model(self.model, **changes)
         self.train_file = write_text(directory / "train.txt", 400, seed=1)
         self.validation_file = write_text(directory / "validation.txt", 60, seed=2)
 
     def settings(self, output_dir) -> dict:
-        """All that a short run needs."""
+        """Return the flags of a short run, by name."""
         return {
-            "output_dir": output_dir and self.directory / output_dir,
+            "output_dir": None if output_dir is None else self.directory / output_dir,
             "model_type": self.script.model_type,
             "config_name": self.model,
             "tokenizer_name": self.model,
@@ -265,52 +307,59 @@ class Place:
         }
 
     def flags(self, output_dir, **changes) -> list[str]:
-        """A whole command line; a flag of True is a switch, one of None or False is left out."""
-        flags = {**self.settings(output_dir), **changes}
-        given = {
-            flag: value for flag, value in flags.items() if value is not None and value is not False
-        }
-        return [
-            f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in given.items()
-        ]
+        """Return a whole command line.
+
+        `changes` replace or add flags. True stands for a switch; None and False leave the flag out.
+        """
+        argv = []
+        for flag, value in {**self.settings(output_dir), **changes}.items():
+            if value is True:
+                argv.append(f"--{flag}")
+            elif value is not None and value is not False:
+                argv.append(f"--{flag}={value}")
+        return argv
 
     def start(self, output_dir, **options) -> "Run":
-        """A run in the background, with flags, and with options of `ForkServer.start`."""
-        forking = self.forking | {name: options.pop(name) for name in FORKING & options.keys()}
-        return server(self.script).start(
-            self.flags(output_dir, **options), self.directory, **forking
-        )
+        """Start a run in the background. `options` are flags and options of `ForkServer.start`."""
+        forking = dict(self.forking)
+        for name in FORKING & options.keys():
+            forking[name] = options.pop(name)
+        argv = self.flags(output_dir, **options)
+        return server(self.script).start(argv, self.directory, **forking)
 
     def start_argv(self, argv: list[str]) -> "Run":
-        """A run in the background, with a command line as it is."""
+        """Start a run in the background with exactly this command line."""
         return server(self.script).start(argv, self.directory)
 
     def run(self, output_dir, **options) -> "Run":
-        """A run to its end."""
+        """Start a run and wait until it ends."""
         return self.start(output_dir, **options).wait()
 
 
-# ------------------------------------------------------------------------------------------------ what a run leaves
+# ---------------------------------------------------------------------------------------
+# Files that a run writes
+# ---------------------------------------------------------------------------------------
 
 
 def checkpoints(output_dir: Path) -> list[int]:
-    """The steps that have one."""
+    """Return the steps of the checkpoints in ascending order."""
     folder = output_dir / "checkpoints"
-    return (
-        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-        if folder.exists()
-        else []
-    )
+    if not folder.exists():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def snapshot(directory: Path) -> dict:
-    """Names, sizes and times of all that is there."""
+    """Return the size and modification time of a folder and of everything in it, by path."""
     paths = [directory, *directory.rglob("*")]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
-# ---------------------------------------------------------------------------------------------------- fork server
+# ---------------------------------------------------------------------------------------
+# Fork server
+# ---------------------------------------------------------------------------------------
 
+# Options of `ForkServer.start`. All other keyword arguments of `Place.start` are flags.
 FORKING = {
     "devices",
     "env",
@@ -324,18 +373,25 @@ FORKING = {
 
 
 class Run:
-    """A child of the fork server."""
+    """A child of the fork server, with the interface of `subprocess.Popen`."""
 
     def __init__(self, server, pid: int, streams: Path):
-        self.server, self.pid, self.streams, self.returncode = server, pid, streams, None
+        self.server = server
+        self.pid = pid
+        self.streams = streams
+        self.returncode = None
 
     def poll(self) -> int | None:
-        """Its exit status as a shell would see it, 128 + the signal if it died of one; None while it runs."""
+        """Return the exit status, or None while the child runs.
+
+        As in a shell, a child that a signal killed has the status 128 + the signal's number.
+        """
         if self.returncode is None:
             self.returncode = self.server.ask(poll=self.pid)
         return self.returncode
 
     def wait(self, timeout: float = 120) -> "Run":
+        """Wait until the child ends. After `timeout` seconds, kill it and raise AssertionError."""
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
@@ -363,18 +419,21 @@ class Run:
 
     @property
     def lines(self) -> list[str]:
-        """stderr without the log lines of a run in order: the errors and warnings, and whatever else is there."""
+        """The lines of stderr that are not log lines of level INFO."""
         return [
             line for line in self.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d INFO ", line)
         ]
 
 
 class ForkServer:
+    """A process that has imported a script and forks a child for each run."""
+
     def __init__(self, script: Script, directory: Path):
-        self.directory, self.count, self.lock = directory, 0, threading.Lock()
-        command = [sys.executable, __file__, str(script.path), *script.modules]
+        self.directory = directory
+        self.count = 0
+        self.lock = threading.Lock()
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, __file__, str(script.path), *script.modules],
             env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -382,40 +441,59 @@ class ForkServer:
         )
 
     def ask(self, **request):
+        """Send a request to the server and return its answer."""
         with self.lock:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
 
     def start(
-        self, argv, cwd, devices=2, env=None, kill_at=(), kill_with=signal.SIGKILL, compiles=None, file_limit=None,
-        optimized=False, change=None,
-    ) -> Run:  # fmt: skip
-        """Forks a child that runs `cli(argv)` on `devices` virtual CPU devices.
+        self,
+        argv,
+        cwd,
+        devices=2,
+        env=None,
+        kill_at=(),
+        kill_with=signal.SIGKILL,
+        compiles=None,
+        file_limit=None,
+        optimized=False,
+        change=None,
+    ) -> Run:
+        """Fork a child that runs the script.
 
-        `kill_at` is a list of regular expressions for file operations of Python, "open PATH", "mkdir PATH", "remove
-        PATH", "rmdir PATH", "rename PATH PATH": when they have matched one after the other, the child sends itself
-        `kill_with` before the last one is done. `compiles` is a file to write the names of the compiled functions to.
-        `file_limit` is the largest size in bytes of a file that it may write. `optimized` programs take twice as long
-        to compile. `change` is a function of the script's module that the child calls first, to slow something down or
-        to watch it; only its source is sent, so it must be at the top level of a file and import what it uses.
+        Args:
+            argv: the command line.
+            cwd: the working directory.
+            devices: number of virtual CPU devices.
+            env: environment variables to set.
+            kill_at: regular expressions for Python's file operations, which are named "open PATH"
+                (for writing), "mkdir PATH", "remove PATH", "rmdir PATH" and "rename PATH PATH".
+                When all expressions have matched in order, the child sends itself `kill_with`
+                before the last operation.
+            kill_with: the signal for `kill_at`.
+            compiles: file to which the child writes the names of the functions that it compiles.
+            file_limit: size in bytes of the largest file that the child may write.
+            optimized: whether XLA optimizes as it does for users. Compiling then takes twice as
+                long.
+            change: function that takes the script's module and is called before the script runs, to
+                slow something down or to watch it. Only its source is sent, so it must be at the
+                top level of a file and import what it uses.
         """
         self.count += 1
         streams = self.directory / f"run-{self.count}"
+        devices_flag = f"--xla_force_host_platform_device_count={devices}"
         request = {
             "argv": [str(argument) for argument in argv],
             "cwd": str(cwd),
-            "env": {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                **(env or {}),
-            },
+            "env": {"XLA_FLAGS": devices_flag, **(env or {})},
             "streams": str(streams),
             "kill_at": list(kill_at),
             "kill_with": int(kill_with),
-            "compiles": compiles and str(compiles),
+            "compiles": str(compiles) if compiles else None,
             "file_limit": file_limit,
             "optimized": optimized,
-            "change": change and (change.__name__, inspect.getsource(change)),
+            "change": (change.__name__, inspect.getsource(change)) if change else None,
         }
         return Run(self, self.ask(**request), streams)
 
@@ -425,84 +503,133 @@ class ForkServer:
 
 
 def child_environment(devices: int = 2, **changes) -> dict[str, str]:
-    flags = {
+    """Return the environment variables for a process that runs a script on virtual CPU devices."""
+    return {
+        **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **changes,
     }
-    return {**os.environ, **flags, "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **changes}
 
 
 @cache
 def server(script: Script) -> ForkServer:
-    """The script's server, started by the first test that needs it, ended with the session."""
-    import atexit
-    import tempfile
-
+    """Return the script's server. It starts on the first call and runs until the session ends."""
     directory = tempfile.TemporaryDirectory()
     started = ForkServer(script, Path(directory.name))
-    atexit.register(lambda: (started.close(), directory.cleanup()))
+
+    def stop():
+        started.close()
+        directory.cleanup()
+
+    atexit.register(stop)
     return started
 
 
+# The functions below run in the server's process and in its children.
+
+
 def kill_self_at(patterns: list[str], number: int):
-    """An audit hook that sends the process a signal when file operations have matched all of `patterns` in order."""
-    left = [re.compile(pattern) for pattern in patterns]
+    """Add an audit hook that sends this process a signal once file operations match `patterns`.
+
+    Each pattern counts only after the one before it has matched.
+    """
+    remaining = [re.compile(pattern) for pattern in patterns]
 
     def hook(event, args):
         name = event.removeprefix("os.")
         if name not in ("open", "mkdir", "rename", "remove", "rmdir"):
             return
-        if name == "open" and (len(args) < 3 or not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)):
-            return  # to read
-        words = [os.fspath(arg) for arg in args if isinstance(arg, (str, bytes, os.PathLike))]
-        words = [os.fsdecode(word) for word in words][: 2 if name == "rename" else 1]
-        if left and left[0].search(" ".join((name, *words))):
-            left.pop(0)
-            if not left:
+        if name == "open":
+            flags = args[2] if len(args) > 2 else None
+            if not (flags or 0) & (os.O_WRONLY | os.O_RDWR):
+                return
+        paths = [os.fspath(arg) for arg in args if isinstance(arg, (str, bytes, os.PathLike))]
+        paths = [os.fsdecode(path) for path in paths]
+        num_paths = 2 if name == "rename" else 1
+        operation = " ".join([name, *paths[:num_paths]])
+        if remaining and remaining[0].search(operation):
+            remaining.pop(0)
+            if not remaining:
                 os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
 
 
-def serve(path: str, modules: list[str]):
-    """Reads requests, one JSON object a line, and answers each with one line; in a forked child, runs the script."""
+def record_compiles(path: str):
+    """Append the name of each function that XLA compiles or loads from its cache to a file."""
+    import jax
+
+    def listener(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            with open(path, "a") as file:
+                file.write(f"{kwargs.get('fun_name')}\n")
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+
+
+def import_script(path: str, modules: list[str]):
+    """Import a script and the modules that its runs import late, and return the script's module."""
     sys.path.insert(0, os.path.dirname(path))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
     spec.loader.exec_module(script)
     for module in modules:
         importlib.import_module(module)
+    # Children share the memory pages of the imported modules as long as nothing writes to them.
     gc.collect()
-    gc.freeze()  # children share the pages of what is imported as long as nothing writes to them
-    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    running = set()
-    for line in requests:
-        request = json.loads(line)
-        if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            if pid:
-                running.discard(pid)
-            code = os.waitstatus_to_exitcode(status) if pid else None
-            answer = 128 - code if code is not None and code < 0 else code
-        else:
-            answer = os.fork()
-            if answer == 0:
-                break
-            running.add(answer)
-        print(json.dumps(answer), file=answers, flush=True)
-    else:
-        for pid in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return
+    gc.freeze()
+    return script
 
-    requests.close()
-    answers.close()
+
+def poll_child(pid: int, running: set[int]) -> int | None:
+    """Return a child's exit status, as `Run.poll` does, and remove the child from `running`."""
+    ended_pid, status = os.waitpid(pid, os.WNOHANG)
+    if ended_pid == 0:
+        return None
+    running.discard(pid)
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
+
+
+def serve_requests() -> dict | None:
+    """Answer requests on stdin until it is closed; then kill the children and return None.
+
+    A request is one line of JSON, and so is its answer. A request with "poll" asks for the exit
+    status of a child; any other request forks a child. There this function returns the request.
+    """
+    running = set()
+    with os.fdopen(os.dup(0)) as requests, os.fdopen(os.dup(1), "w") as answers:
+        for line in requests:
+            request = json.loads(line)
+            if "poll" in request:
+                answer = poll_child(request["poll"], running)
+            else:
+                answer = os.fork()
+                if answer == 0:
+                    return request
+                running.add(answer)
+            print(json.dumps(answer), file=answers, flush=True)
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return None
+
+
+def redirect_streams(streams: str):
+    """Read stdin from the null device, and write stdout and stderr to files."""
     for descriptor, suffix in ((1, ".stdout"), (2, ".stderr")):
-        file = os.open(request["streams"] + suffix, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        file = os.open(streams + suffix, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, descriptor)
         os.close(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+
+def run_request(path: str, script, request: dict):
+    """Run the script in a forked child as the request says, and exit."""
+    redirect_streams(request["streams"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
@@ -516,22 +643,19 @@ def serve(path: str, modules: list[str]):
         sys.modules["jax"].config.update("jax_disable_most_optimizations", False)
     if request["change"]:
         name, source = request["change"]
-        exec(source, names := {})
-        names[name](script)
+        namespace = {}
+        exec(source, namespace)
+        namespace[name](script)
     sys.argv = [path, *request["argv"]]
-    sys.exit(script.cli(request["argv"]))
+    script.main()
 
 
-def record_compiles(path: str):
-    """Appends the name of each function that XLA compiles or loads from the compilation cache to the file `path`."""
-    import jax
-
-    def listener(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            with open(path, "a") as file:
-                file.write(f"{kwargs.get('fun_name')}\n")
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
+def serve(path: str, modules: list[str]):
+    """Import a script and run it in a forked child for each request on stdin."""
+    script = import_script(path, modules)
+    request = serve_requests()
+    if request is not None:
+        run_request(path, script, request)
 
 
 if __name__ == "__main__":

@@ -496,7 +496,8 @@ class HeldOut(NamedTuple):
     """What evaluation takes from the beginning of the training data."""
 
     num_texts: list[int]  # of each shard
-    tokens: np.ndarray  # [tokens] int32, of these texts, not used for evaluation
+    # Tokens of these texts that are not used for evaluation.
+    tokens: np.ndarray  # [tokens] int32
 
 
 def load_data(args, tokenizer, max_length: int):
@@ -602,7 +603,8 @@ class Chunk(NamedTuple):
     """A part of a stream: some texts, as blocks."""
 
     state: dict | None  # of the dataset before these texts
-    carried: np.ndarray  # [tokens] int32, left over from the texts before
+    # Tokens left over from the texts before.
+    carried: np.ndarray  # [tokens] int32
     num_texts: int
     blocks: np.ndarray  # [blocks, length] int32
     rest: np.ndarray  # [tokens] int32, after the last block
@@ -1214,8 +1216,7 @@ def train(
         # The other processes end with this one.
         raise progress.error
     if not is_last:
-        # The stream has ended by an error, or all steps were taken before. In the second case that
-        # run may have been killed before it exported the model.
+        # The stream has failed, or an earlier run took all steps and may not have exported.
         log.flush()
         positions = share_json(position)
         if saver:

@@ -759,18 +759,13 @@ def read_tokens(encoded, column: str) -> np.ndarray:
 
 def make_collator(args, config, tokenizer, max_length: int):
     """Make the collator that the flags ask for. `max_length` is the length of an input."""
-    collator = FlaxDataCollatorForT5MLM(
+    return FlaxDataCollatorForT5MLM(
         tokenizer,
         max_length,
         args.mlm_probability,
         args.mean_noise_span_length,
         config.decoder_start_token_id,
     )
-    logger.info(
-        f"Each input of {max_length} tokens is made of {collator.max_length} tokens of text; its "
-        f"target has {collator.targets_length} tokens."
-    )
-    return collator
 
 
 def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
@@ -1963,7 +1958,8 @@ def main(argv: list[str] | None = None) -> None:
             num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
             logger.info(
                 f"Training {num_params:,} parameters on {len(train_set):,} sequences of "
-                f"{collator.max_length} tokens, steps {steps.start} to {num_steps}; a step takes "
+                f"{collator.max_length} tokens (inputs of {collator.inputs_length}, targets of "
+                f"{collator.targets_length}), steps {steps.start} to {num_steps}; a step takes "
                 f"{jax.device_count()} {jax.default_backend()} devices x "
                 f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} = "
                 f"{batch_size}, an epoch {steps_per_epoch} steps."

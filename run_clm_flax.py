@@ -1649,7 +1649,7 @@ class Saver:
             shutil.rmtree(leftover)
         for checkpoint in list_checkpoints(self.output_dir):
             if int(checkpoint.name) > first_step:
-                logger.warning(f"{checkpoint} is deleted: this run resumes from step {first_step}.")
+                logger.info(f"{checkpoint} is deleted: this run resumes from step {first_step}.")
                 delete_checkpoint(checkpoint)
 
     def __enter__(self):
@@ -1923,6 +1923,10 @@ def main(argv: list[str] | None = None) -> None:
             donate_argnums=0,
         )
         p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+        # The Saver comes first: its folder marks the output directory as that of a run.
+        saver = None
+        if args.do_train and writes:
+            saver = Saver(args, model, tokenizer, settings, steps.start, upload)
         log = TrainingLog(args, steps, steps_per_epoch)
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log)
 
@@ -1936,9 +1940,6 @@ def main(argv: list[str] | None = None) -> None:
                 f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} = "
                 f"{batch_size}, an epoch {steps_per_epoch} steps."
             )
-            saver = None
-            if writes:
-                saver = Saver(args, model, tokenizer, settings, steps.start, upload)
             stop.handle(stop.record)
             shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
             batches = train_batches(train_set, collator, args.seed, steps, shape)

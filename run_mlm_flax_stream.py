@@ -1178,8 +1178,7 @@ def train(
         evaluate_now: Function of parameters and step.
         progress: The StreamProgress of `batches`.
 
-    Returns:
-        The last state, and the number of steps that it has taken.
+    Returns the last state, and the number of steps that it has taken.
     """
     is_last = False
     totals = zeros = zero_totals()
@@ -1685,7 +1684,7 @@ class Saver:
             shutil.rmtree(leftover)
         for checkpoint in list_checkpoints(self.output_dir):
             if int(checkpoint.name) > first_step:
-                logger.warning(f"{checkpoint} is deleted: this run resumes from step {first_step}.")
+                logger.info(f"{checkpoint} is deleted: this run resumes from step {first_step}.")
                 delete_checkpoint(checkpoint)
 
     def __enter__(self):
@@ -1964,6 +1963,10 @@ def main(argv: list[str] | None = None) -> None:
         p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
         if args.do_train:
             blocks = training_blocks(args, train_stream, position, batch_size, held_out)
+        # The Saver comes first: its folder marks the output directory as that of a run.
+        saver = None
+        if args.do_train and writes:
+            saver = Saver(args, model, tokenizer, settings, steps.start, upload)
         log = TrainingLog(args, steps, steps_per_epoch=None)
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log)
 
@@ -1976,9 +1979,6 @@ def main(argv: list[str] | None = None) -> None:
                 f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} blocks "
                 f"of {max_length} tokens."
             )
-            saver = None
-            if writes:
-                saver = Saver(args, model, tokenizer, settings, steps.start, upload)
             stop.handle(stop.record)
             shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
             progress = StreamProgress(position)

@@ -271,7 +271,7 @@ def test_what_was_read_is_not_read_again(tmp_path, tokenizer):
     """Shards before the position may be deleted. A state within an epoch is small."""
     paths = write_shards(tmp_path / "shards", "txt", make_documents([300, 300, 300]))
     texts = open_stream(paths, tokenizer)
-    held_out = ([0, 0, 0], np.zeros(0, np.int32))
+    held_out = stream.HeldOut([0, 0, 0], np.zeros(0, np.int32))
     whole = take(texts, held_out, 300, size=20)
     assert len(json.dumps(whole[250][0])) < 1000
     paths[0].unlink()

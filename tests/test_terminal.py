@@ -22,8 +22,14 @@ def test_no_progress_bars_in_a_file(script, tmp_path):
 
 @template_alone
 def test_progress_bars_at_a_terminal(script, tmp_path):
-    """There are bars while texts are tokenized, so the test above can fail."""
+    """There are bars for tokenizing, training and evaluation, and whole log lines."""
     place = Place(script, tmp_path)
     command = [sys.executable, str(script.path), *place.flags("out", max_steps=1)]
     shown = run_at_terminal(command, env=child_environment())
-    assert re.search(r"\rtrain.*\d+%\|", shown.decode())
+    text = shown.decode()
+    for description in ("Tokenizing training text", "Training", "Evaluating"):
+        assert re.search(rf"\r{description}:?.*\d+%\|", text), description
+    # A log line begins at the left edge, after a line break or after the place of a bar.
+    log_lines = re.findall(r"(?m)(?:^|\r)(\d\d:\d\d:\d\d INFO [^\r\n]*)\r?$", text)
+    assert any("Step 1: train_loss" in line for line in log_lines)
+    assert any("Step 1: eval_loss" in line for line in log_lines)

@@ -17,15 +17,15 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make quickstart   train a small model on Python's documentation, in 5 minutes"
+	@echo "make quickstart   train a small model on Python's documentation (5 minutes)"
 	@echo "make test         run the tests"
-	@echo "make test-oldest  run those marked smoke with the oldest versions of all packages"
-	@echo "make lint         check style, without changing a file"
-	@echo "make format       put files into the style that lint checks"
-	@echo "make fix-copies   write what run_mlm_flax.py shares with the other scripts into them"
-	@echo "make clean        remove what the quickstart and the tools wrote, but not $(VENV)"
+	@echo "make test-oldest  run the tests marked smoke with the oldest supported packages"
+	@echo "make lint         check the style"
+	@echo "make format       fix most of what lint finds"
+	@echo "make fix-copies   copy the shared code of run_mlm_flax.py into the other scripts"
+	@echo "make clean        remove the output of the quickstart and of the tools, but not $(VENV)"
 	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) QUICKSTART=$(QUICKSTART)"
-	@echo "For the oldest: PYTHON_OLDEST=$(PYTHON_OLDEST) OLDEST=$(OLDEST)"
+	@echo "For make test-oldest: PYTHON_OLDEST=$(PYTHON_OLDEST) OLDEST=$(OLDEST)"
 
 env: $(INSTALLED)
 

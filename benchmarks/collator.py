@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Tokens a second that the collators mask on one core, beside loops over rows and tokens in the plainest words.
+"""Measure how fast the collators of the masked objectives work on one core.
 
     python benchmarks/collator.py [--repetitions 1000] [--json FILE]
 
-Batches are of one device, of full rows, masked with a fresh generator each, as in training: for run_mlm_flax.py with
-a special token at both ends, for run_t5_mlm_flax.py of the length that makes inputs of the length given. Figures are
-medians; the copy of the tokens that the collator may overwrite is not in them.
+Beside each collator stands a loop over rows and tokens, as simple as possible. A batch is that of
+one device and has full rows, and each repetition has its own generator, as each batch in training.
+Rows for run_mlm_flax.py have a special token at both ends. Rows for run_t5_mlm_flax.py have the
+length that gives inputs of the length in the table. Figures are medians. They leave out the copy of
+the tokens that a collator may overwrite.
 """
 
 import argparse
@@ -25,136 +27,175 @@ from run_mlm_flax import FlaxDataCollatorForLanguageModeling
 from run_t5_mlm_flax import FlaxDataCollatorForT5MLM
 
 SHAPES = ((8, 128), (64, 128), (32, 512))
+T5_EOS_TOKEN_ID = 1
+T5_FIRST_SENTINEL = 32099
 
 
 class Tokenizer:
-    """What the collator needs of RoBERTa's."""
+    """The part of RoBERTa's tokenizer that the collator uses."""
 
     all_special_ids = (0, 1, 2, 3, 50264)
     mask_token_id = 50264
     name_or_path = "as RoBERTa"
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 50265
 
 
 class TokenizerOfT5:
-    eos_token_id = 1
+    """The part of T5's tokenizer that the collator uses."""
+
+    eos_token_id = T5_EOS_TOKEN_ID
     name_or_path = "as T5"
 
     def get_vocab(self):
-        return {f"<extra_id_{i}>": 32099 - i for i in range(100)}
+        return {f"<extra_id_{i}>": T5_FIRST_SENTINEL - i for i in range(100)}
 
 
 def mask_by_rows(
     input_ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator, probability: float = 0.15
-):
-    """The objective in the plainest words: one row and one token after the other."""
-    shown, labels = input_ids.copy(), np.full_like(input_ids, -100)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mask tokens one at a time, as BERT does.
+
+    Returns input ids and labels, each of the shape of `input_ids`. Labels are -100 at tokens that
+    are not predicted.
+    """
+    masked_ids = input_ids.copy()
+    labels = np.full_like(input_ids, -100)
     for row in range(input_ids.shape[0]):
         for position in range(input_ids.shape[1]):
             token = int(input_ids[row, position])
-            if token not in tokenizer.all_special_ids and rng.random() < probability:
-                labels[row, position], kind = token, rng.random()
-                if kind < 0.8:
-                    shown[row, position] = tokenizer.mask_token_id
-                elif kind < 0.9:
-                    shown[row, position] = rng.integers(len(tokenizer))
-    return shown, labels
+            if token in tokenizer.all_special_ids or rng.random() >= probability:
+                continue
+            labels[row, position] = token
+            kind = rng.random()
+            if kind < 0.8:
+                masked_ids[row, position] = tokenizer.mask_token_id
+            elif kind < 0.9:
+                masked_ids[row, position] = rng.integers(len(tokenizer))
+    return masked_ids, labels
 
 
-def random_composition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
-    ends = np.sort(1 + rng.choice(total - 1, parts - 1, replace=False))
-    return np.diff(ends, prepend=0, append=total).tolist()
+def random_composition(total: int, num_parts: int, rng: np.random.Generator) -> list[int]:
+    """Draw lengths of at least 1 that add up to `total`."""
+    ends = 1 + rng.choice(total - 1, num_parts - 1, replace=False)
+    return np.diff(np.sort(ends), prepend=0, append=total).tolist()
 
 
-def corrupt_by_rows(rows: np.ndarray, num_noise: int, num_spans: int, rng: np.random.Generator):
-    """T5's objective in the plainest words."""
-    inputs, targets = [], []
+def corrupt_by_rows(
+    rows: np.ndarray, num_noise: int, num_spans: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Corrupt spans as T5 does, one token at a time.
+
+    Each row has `num_noise` noise tokens in `num_spans` spans. In the inputs, a sentinel replaces a
+    span. The targets are the spans, each after its sentinel.
+
+    Returns input ids, labels and decoder input ids, each [rows, length] int32.
+    """
+    inputs = []
+    targets = []
     for row in rows.tolist():
-        plain = random_composition(len(row) - num_noise, num_spans, rng)
-        noise = random_composition(num_noise, num_spans, rng)
-        inputs.append([])
-        targets.append([])
+        kept_lengths = random_composition(len(row) - num_noise, num_spans, rng)
+        noise_lengths = random_composition(num_noise, num_spans, rng)
+        input_row = []
+        target_row = []
         tokens = iter(row)
-        for number in range(num_spans):
-            for _ in range(plain[number]):
-                inputs[-1].append(next(tokens))
-            inputs[-1].append(32099 - number)
-            targets[-1].append(32099 - number)
-            for _ in range(noise[number]):
-                targets[-1].append(next(tokens))
-        inputs[-1].append(1)
-        targets[-1].append(1)
+        for span in range(num_spans):
+            sentinel = T5_FIRST_SENTINEL - span
+            for _ in range(kept_lengths[span]):
+                input_row.append(next(tokens))
+            input_row.append(sentinel)
+            target_row.append(sentinel)
+            for _ in range(noise_lengths[span]):
+                target_row.append(next(tokens))
+        input_row.append(T5_EOS_TOKEN_ID)
+        target_row.append(T5_EOS_TOKEN_ID)
+        inputs.append(input_row)
+        targets.append(target_row)
+    input_ids = np.array(inputs, np.int32)
     labels = np.array(targets, np.int32)
-    return (
-        np.array(inputs, np.int32),
-        labels,
-        np.concatenate([np.zeros_like(labels[:, :1]), labels[:, :-1]], axis=1),
-    )
+    start_tokens = np.zeros_like(labels[:, :1])
+    decoder_input_ids = np.concatenate([start_tokens, labels[:, :-1]], axis=1)
+    return input_ids, labels, decoder_input_ids
 
 
 def make_batch(
     rows: int, length: int, rng: np.random.Generator, whole_words: bool
 ) -> dict[str, np.ndarray]:
+    """Make rows of random tokens, `[rows, length] int32`, between <s> and </s>."""
     input_ids = rng.integers(4, 50264, (rows, length), dtype=np.int32)
-    input_ids[:, 0], input_ids[:, -1] = 0, 2
-    batch = {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)}
+    input_ids[:, 0] = 0
+    input_ids[:, -1] = 2
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": np.ones_like(input_ids),
+    }
     if whole_words:
-        batch["continues_word"] = (rng.random((rows, length)) < 0.25).astype(np.int8)
+        is_continuation = rng.random((rows, length)) < 0.25
+        batch["continues_word"] = is_continuation.astype(np.int8)
     return batch
 
 
-def median_seconds(function, repetitions: int) -> float:
-    """`function(repetition)` returns what to time; the first tenth warms up."""
-    times = []
-    for repetition in range(-(repetitions // 10) - 1, repetitions):
-        timed = function(abs(repetition))
-        start = time.perf_counter()
-        timed()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[repetitions // 10 + 1 :])
+def make_rng(repetition: int) -> np.random.Generator:
+    """Make a generator as training does for a step."""
+    return np.random.Generator(np.random.PCG64((42, 1, repetition)))
+
+
+def median_seconds(prepare, repetitions: int) -> float:
+    """Time the function that `prepare(repetition)` returns. The first tenth warms up."""
+    num_warm_up = repetitions // 10 + 1
+    seconds = []
+    for repetition in range(-num_warm_up, repetitions):
+        function = prepare(abs(repetition))
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[num_warm_up:])
 
 
 def measure(rows: int, length: int, repetitions: int, whole_words: bool) -> float:
+    """Measure the collator of run_mlm_flax.py in tokens per second."""
     collator = FlaxDataCollatorForLanguageModeling(Tokenizer(), length, 0.15, whole_words)
     batch = make_batch(rows, length, np.random.default_rng(0), whole_words)
 
-    def prepare(repetition):
+    def prepare(repetition: int):
         examples = {name: array.copy() for name, array in batch.items()}
-        rng = np.random.Generator(np.random.PCG64((42, 1, repetition)))
+        rng = make_rng(repetition)
         return lambda: collator(examples, rng, group_size=rows)
 
-    return rows * length / median_seconds(prepare, repetitions)
+    seconds = median_seconds(prepare, repetitions)
+    return rows * length / seconds
 
 
 def measure_by_rows(rows: int, length: int, repetitions: int) -> float:
+    """Measure the loop for masked language modeling in tokens per second."""
     batch = make_batch(rows, length, np.random.default_rng(0), whole_words=False)
 
-    def prepare(repetition):
+    def prepare(repetition: int):
         rng = np.random.default_rng(repetition)
         return lambda: mask_by_rows(batch["input_ids"], Tokenizer(), rng)
 
-    return rows * length / median_seconds(prepare, max(3, repetitions // 100))
+    seconds = median_seconds(prepare, max(3, repetitions // 100))
+    return rows * length / seconds
 
 
 def measure_t5(rows: int, length: int, repetitions: int) -> tuple[float, float]:
-    """Of the collator, and of the loop over rows."""
+    """Measure the collator of run_t5_mlm_flax.py and its loop in tokens per second."""
     collator = FlaxDataCollatorForT5MLM(TokenizerOfT5(), length)
-    input_ids = np.random.default_rng(0).integers(
-        3, 32000, (rows, collator.max_length), dtype=np.int32
-    )
+    shape = (rows, collator.max_length)
+    input_ids = np.random.default_rng(0).integers(3, 32000, shape, dtype=np.int32)
 
-    def prepare(repetition):
-        rng = np.random.Generator(np.random.PCG64((42, 1, repetition)))
+    def prepare(repetition: int):
+        rng = make_rng(repetition)
         return lambda: collator({"input_ids": input_ids}, rng)
 
-    def prepare_by_rows(repetition):
+    def prepare_by_rows(repetition: int):
         rng = np.random.default_rng(repetition)
         return lambda: corrupt_by_rows(input_ids, collator.num_noise, collator.num_spans, rng)
 
-    by_rows = median_seconds(prepare_by_rows, max(3, repetitions // 100))
-    return input_ids.size / median_seconds(prepare, repetitions), input_ids.size / by_rows
+    by_rows_seconds = median_seconds(prepare_by_rows, max(3, repetitions // 100))
+    seconds = median_seconds(prepare, repetitions)
+    return input_ids.size / seconds, input_ids.size / by_rows_seconds
 
 
 def main():
@@ -162,34 +203,37 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repetitions", type=int, default=1000)
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
+
+    # Run on one core.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    figures = {
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    figures["million_tokens_per_second"] = {}
+
     columns = ("MLM", "whole words", "by rows", "T5", "by rows")
-    print(
-        f"{'rows x length':>14}{''.join(f'{name:>14}' for name in columns)}   million tokens a second"
-    )
+    header = "".join(f"{name:>14}" for name in columns)
+    print(f"{'rows x length':>14}{header}   million tokens per second")
+    rates = {}
     for rows, length in SHAPES:
-        found = {
-            "collator": measure(rows, length, args.repetitions, whole_words=False) / 1e6,
-            "whole_words": measure(rows, length, args.repetitions, whole_words=True) / 1e6,
-            "by_rows": measure_by_rows(rows, length, args.repetitions) / 1e6,
+        t5, t5_by_rows = measure_t5(rows, length, args.repetitions)
+        tokens_per_second = {
+            "collator": measure(rows, length, args.repetitions, whole_words=False),
+            "whole_words": measure(rows, length, args.repetitions, whole_words=True),
+            "by_rows": measure_by_rows(rows, length, args.repetitions),
+            "t5": t5,
+            "t5_by_rows": t5_by_rows,
         }
-        found["t5"], found["t5_by_rows"] = (
-            rate / 1e6 for rate in measure_t5(rows, length, args.repetitions)
-        )
-        figures["million_tokens_per_second"][f"{rows}x{length}"] = {
-            k: round(v, 3) for k, v in found.items()
-        }
-        print(f"{rows:>8} x {length:<3}{''.join(f'{rate:>14.2f}' for rate in found.values())}")
+        found = {name: rate / 1e6 for name, rate in tokens_per_second.items()}
+        rates[f"{rows}x{length}"] = {name: round(rate, 3) for name, rate in found.items()}
+        numbers = "".join(f"{rate:>14.2f}" for rate in found.values())
+        print(f"{rows:>8} x {length:<3}{numbers}")
     if args.json:
+        figures = {
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "million_tokens_per_second": rates,
+        }
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 

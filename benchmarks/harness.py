@@ -1,17 +1,21 @@
-"""Runs a script of the project as it is, in a process of its own, and notes what takes how long.
+"""Run a script of the project unchanged, in its own process, and time its parts.
 
-For the other benchmarks: `run` starts the child, `python benchmarks/harness.py SETTINGS SCRIPT FLAGS ...`, and returns
-its notes. Times are in seconds:
+The other benchmarks call `run`. It starts `python benchmarks/harness.py SETTINGS SCRIPT FLAGS ...`
+as a child process and returns what the child noted. Times are in seconds:
 
-    imports, data, initialization, compilation   of these parts, until the first step
-    to_first_step                                from the command until the first step is compiled and under way
-    first_step                                   from then to its end
-    loop, bare, ratio                            of a step of the run, of a step of the same program on a batch that
-                                                 lies ready, and of the first to the second: medians
-    process                                      of the whole run
+    imports, data, initialization, compilation   these parts, until the first step
+    to_first_step                                from the command until the first step is compiled
+                                                 and dispatched
+    first_step                                   from then until the first step is done
+    loop                                         median time of a step of the run
+    bare                                         median time of a step of the same compiled program
+                                                 on a batch that is already on the devices
+    ratio                                        median ratio of the former to the latter
+    process                                      the whole run
 
-For these a run of `segment` steps and as many bare steps take turns, so that what else the machine does falls on both.
-`tokens` and `flops` are those of a step on all devices, `product_flops` the rate of a large matrix product.
+For `loop`, `bare` and `ratio`, segments of `segment` steps of the run alternate with segments of as
+many bare steps, so that other work on the machine slows both down alike. `tokens` and `flops` count
+one step on all devices. `product_flops` is the rate of a large matrix product.
 """
 
 import json
@@ -24,46 +28,113 @@ import sys
 import time
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 WARM_UP = 10  # steps
-DATA = ("load_config_and_tokenizer", "load_texts", "tokenize")
-INITIALIZATION = ("load_model", "make_optimizer", "shard")
-OBJECTIVES = {  # name: script, type of the model, flag of the length
-    "masked": ("run_mlm_flax.py", "roberta", "max_seq_length"),
-    "causal": ("run_clm_flax.py", "gpt2", "block_size"),
-    "span-masked": ("run_t5_mlm_flax.py", "t5", "max_seq_length"),
-    "denoising": ("run_bart_dlm_flax.py", "bart", "max_seq_length"),
-}
-SIZES = {"small": (2, 128, 2), "base": (12, 768, 12)}  # layers, width, heads
 NUM_SENTINELS = 100
 
+# The functions of a script whose time counts as `data` and as `initialization`.
+DATA = ("load_config_and_tokenizer", "load_texts", "tokenize")
+INITIALIZATION = ("load_model", "make_optimizer", "create_train_state", "shard")
 
-# ------------------------------------------------------------------------------------- models, texts, command lines
+
+class Objective(NamedTuple):
+    """A training script, the type of the model it trains here, and its flag for the length."""
+
+    script: str
+    model_type: str
+    length_flag: str
+
+
+OBJECTIVES = {
+    "masked": Objective("run_mlm_flax.py", "roberta", "max_seq_length"),
+    "causal": Objective("run_clm_flax.py", "gpt2", "block_size"),
+    "span-masked": Objective("run_t5_mlm_flax.py", "t5", "max_seq_length"),
+    "denoising": Objective("run_bart_dlm_flax.py", "bart", "max_seq_length"),
+}
+
+
+class Size(NamedTuple):
+    """The size of a model. BART has this number of layers on each side, as T5 does."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+SIZES = {"small": Size(2, 128, 2), "base": Size(12, 768, 12)}
+
+
+# ------------------------------------------------------------------ texts, models, command lines
 
 
 def write_corpus(directory: Path, megabytes: float) -> Path:
-    """A file of so many megabytes of Python's documentation, one paragraph a line."""
+    """Write `megabytes` of Python's documentation to a file, one paragraph a line."""
     import quickstart
 
-    if not (directory / "all" / "train.txt").exists():
-        quickstart.build_corpus(directory / "all")
-    lines, size, path = [], 0, directory / f"text-{megabytes:g}.txt"
-    for line in (directory / "all" / "train.txt").read_text("utf-8").splitlines(keepends=True):
+    all_text = directory / "all" / "train.txt"
+    if not all_text.exists():
+        quickstart.build_corpus(all_text.parent)
+    lines = []
+    num_bytes = 0
+    for line in all_text.read_text("utf-8").splitlines(keepends=True):
         lines.append(line)
-        size += len(line.encode())
-        if size >= megabytes * 1e6:
+        num_bytes += len(line.encode())
+        if num_bytes >= megabytes * 1e6:
             break
+    path = directory / f"text-{megabytes:g}.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def size_settings(model_type: str, size: Size, length: int) -> dict[str, int]:
+    """The settings of a model's configuration that say how large it is."""
+    settings = {
+        "roberta": {
+            "num_hidden_layers": size.layers,
+            "hidden_size": size.width,
+            "num_attention_heads": size.heads,
+            "intermediate_size": 4 * size.width,
+            "max_position_embeddings": length + 2,
+            "type_vocab_size": 1,
+        },
+        "gpt2": {
+            "n_layer": size.layers,
+            "n_embd": size.width,
+            "n_head": size.heads,
+            "n_positions": length,
+        },
+        "t5": {
+            "num_layers": size.layers,
+            "d_model": size.width,
+            "num_heads": size.heads,
+            "d_kv": size.width // size.heads,
+            "d_ff": 4 * size.width,
+        },
+        "bart": {
+            "encoder_layers": size.layers,
+            "decoder_layers": size.layers,
+            "d_model": size.width,
+            "encoder_ffn_dim": 4 * size.width,
+            "decoder_ffn_dim": 4 * size.width,
+            "encoder_attention_heads": size.heads,
+            "decoder_attention_heads": size.heads,
+            "max_position_embeddings": length,
+        },
+    }
+    return settings[model_type]
 
 
 def write_model(
     directory: Path, text: Path, model_type: str, size: str, length: int, vocab_size: int
 ) -> Path:
-    """A folder with a tokenizer, a byte-level BPE with the special tokens of all objectives, and a configuration. The
-    model has `vocab_size` rows also where the text is too small for so many pieces."""
+    """Write a tokenizer and a configuration to a folder and return the folder.
+
+    The tokenizer is a byte-level BPE with the special tokens of all objectives. The model has at
+    least `vocab_size` rows, even if the text is too small for a tokenizer with that many tokens.
+    """
     from transformers import CONFIG_MAPPING
 
     import quickstart
@@ -71,44 +142,15 @@ def write_model(
     folder = directory / f"{model_type}-{size}-{length}"
     tokenizer = quickstart.train_tokenizer([text], folder, vocab_size=vocab_size, max_length=length)
     if model_type == "t5":
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [f"<extra_id_{i}>" for i in range(NUM_SENTINELS)]}
-        )
+        sentinels = [f"<extra_id_{i}>" for i in range(NUM_SENTINELS)]
+        tokenizer.add_special_tokens({"additional_special_tokens": sentinels})
         tokenizer.save_pretrained(folder)
-    layers, width, heads = SIZES[size]
-    ids = {
-        name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")
-    }
-    sizes = {
-        "roberta": {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-        | {
-            "intermediate_size": 4 * width,
-            "max_position_embeddings": length + 2,
-            "type_vocab_size": 1,
-        },
-        "gpt2": {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": length},
-        "t5": {
-            "num_layers": layers,
-            "d_model": width,
-            "num_heads": heads,
-            "d_kv": width // heads,
-            "d_ff": 4 * width,
-        },
-        "bart": {
-            "encoder_layers": layers,
-            "decoder_layers": layers,
-            "d_model": width,
-            "encoder_ffn_dim": 4 * width,
-        }
-        | {
-            "decoder_ffn_dim": 4 * width,
-            "encoder_attention_heads": heads,
-            "decoder_attention_heads": heads,
-        }
-        | {"max_position_embeddings": length},
-    }
     config = CONFIG_MAPPING[model_type](
-        vocab_size=max(vocab_size, len(tokenizer)), **ids, **sizes[model_type]
+        vocab_size=max(vocab_size, len(tokenizer)),
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **size_settings(model_type, SIZES[size], length),
     )
     config.save_pretrained(folder)
     return folder
@@ -116,55 +158,78 @@ def write_model(
 
 def command(
     objective: str, folder: Path, text: Path, output_dir: Path, rows: int, length: int, **flags
-):
-    """Script and flags of a run that only trains; further flags as {name: value}, a switch as True."""
+) -> tuple[str, list[str]]:
+    """The script and the flags of a run that trains and saves once, at its end.
+
+    More flags are given as NAME=VALUE, a switch as NAME=True.
+    """
     script, model_type, length_flag = OBJECTIVES[objective]
-    given = {
+    all_flags = {
         "output_dir": output_dir,
         "model_type": model_type,
         "config_name": folder,
         "tokenizer_name": folder,
-    }
-    given |= {
         "train_file": text,
         length_flag: length,
         "per_device_train_batch_size": rows,
         "do_train": True,
+        "overwrite_output_dir": True,
+        "save_steps": 10**6,
+        "learning_rate": 1e-4,
+        **flags,
     }
-    given |= {"overwrite_output_dir": True, "save_steps": 10**6, "learning_rate": 1e-4, **flags}
-    return script, [
-        f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()
-    ]
+    words = []
+    for name, value in all_flags.items():
+        words.append(f"--{name}" if value is True else f"--{name}={value}")
+    return script, words
 
 
 def processor() -> str:
-    """The processor's name, and its number of cores that this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+    """The name of the processor, and the number of its cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    return f"{name}, {cores} cores"
 
 
 def write_json(path: Path | None, figures):
-    """With the command, the processor and the versions: what benchmarks/tables.py writes into the README."""
+    """Write figures to a file, with the command, the processor and the versions of the libraries.
+
+    benchmarks/tables.py turns such files into the tables of the README. Without a path, write none.
+    """
     if path is None:
         return
     words = sys.argv[1:]
     if "--json" in words:
-        del words[words.index("--json") : words.index("--json") + 2]
-    found = {"command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])}
-    found |= {"processor": processor(), "python": platform.python_version()}
-    found |= {
-        name: metadata.version(name)
-        for name in ("jax", "flax", "transformers", "datasets", "tokenizers")
+        position = words.index("--json")
+        del words[position : position + 2]
+    report = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "processor": processor(),
+        "python": platform.python_version(),
     }
-    path.write_text(json.dumps(found | {"figures": figures}, indent=1) + "\n")
+    for library in ("jax", "flax", "transformers", "datasets", "tokenizers"):
+        report[library] = metadata.version(library)
+    report["figures"] = figures
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------- the parent process
 
 
 def run(
     directory: Path, script: str, flags: list[str], env: dict | None = None, **settings
 ) -> dict:
-    """Notes of a run; `settings` are those of `Notes`. A run that fails ends the benchmark with its error."""
+    """Run a script to its end and return its notes.
+
+    `settings` are those of `Notes`. If the run fails, exit with its error.
+    """
     (process,) = start(directory, script, flags, [env or {}], **settings)
     return finish(directory, [process])
 
@@ -172,167 +237,248 @@ def run(
 def start(
     directory: Path, script: str, flags: list[str], envs: list[dict], **settings
 ) -> list[subprocess.Popen]:
-    """A process for each of `envs`, in which XLA_FLAGS and the variables of a cluster may be."""
+    """Start one process for each environment of `envs` and return the processes.
+
+    An environment can set XLA_FLAGS and the variables that make the processes a cluster.
+    """
     (directory / "notes.json").unlink(missing_ok=True)
     settings = {"notes": str(directory / "notes.json"), "start": time.time()} | settings
     (directory / "settings.json").write_text(json.dumps(settings))
     arguments = [sys.executable, __file__, str(directory / "settings.json"), script, *flags]
-    given = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(directory / "datasets")}
-    given |= {"JAX_COMPILATION_CACHE_DIR": str(directory / "compiled")}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}  # Gloo writes to the former
-    return [
-        subprocess.Popen(arguments, env={**os.environ, **given, **env}, **pipes) for env in envs
-    ]
+    common = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(directory / "datasets"),
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+    }
+    processes = []
+    for env in envs:
+        process = subprocess.Popen(
+            arguments,
+            env={**os.environ, **common, **env},
+            # Gloo, with which the processes of a CPU cluster communicate, prints to stdout.
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        processes.append(process)
+    return processes
 
 
 def finish(directory: Path, processes: list[subprocess.Popen]) -> dict:
+    """Wait for all processes and return the notes of the first, or exit with their errors."""
     errors = [process.communicate()[1].decode(errors="replace") for process in processes]
     if any(process.returncode for process in processes):
         sys.exit("\n".join(errors))
-    seconds = time.time() - json.loads((directory / "settings.json").read_text())["start"]
-    path = directory / "notes.json"
-    return {**(json.loads(path.read_text()) if path.exists() else {}), "process": seconds}
+    settings = json.loads((directory / "settings.json").read_text())
+    seconds = time.time() - settings["start"]
+    notes_path = directory / "notes.json"
+    notes = json.loads(notes_path.read_text()) if notes_path.exists() else {}
+    return {**notes, "process": seconds}
 
 
-# --------------------------------------------------------------------------------------------------------- the child
+# ----------------------------------------------------------------------------- the child process
 
 
-def count_flops(program) -> float:
-    """Floating-point operations of the matrix products of a jaxpr, two for each multiplication and addition."""
+def dot_general_flops(equation) -> float:
+    """Count the floating-point operations of a matrix product."""
+    (contracted_axes, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    num_terms = 1.0
+    for axis in contracted_axes:
+        num_terms *= shape[axis]
+    return 2 * equation.outvars[0].aval.size * num_terms
+
+
+def subprograms(equation) -> list:
+    """The jaxprs that an equation calls, such as the body of a loop."""
+    import jax
+
+    def is_jaxpr(parameter) -> bool:
+        return hasattr(parameter, "eqns")
+
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
+    return [leaf for leaf in leaves if is_jaxpr(leaf)]
+
+
+def count_flops(jaxpr) -> float:
+    """Count the floating-point operations of the matrix products of a jaxpr.
+
+    A multiplication and an addition are two. The body of a `scan` counts once per iteration, and a
+    `cond` counts as its most expensive branch.
+    """
     import jax
 
     total = 0.0
-    for equation in program.eqns:
+    for equation in jaxpr.eqns:
         if equation.primitive is jax.lax.dot_general_p:
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            sums = 1.0
-            for axis in contracted:
-                sums *= equation.invars[0].aval.shape[axis]
-            total += 2 * equation.outvars[0].aval.size * sums
-        leaves = jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        )
-        inner = [count_flops(x) for x in leaves if hasattr(x, "eqns")]
-        total += (max if equation.primitive.name == "cond" else sum)(
-            inner or [0.0]
-        ) * equation.params.get("length", 1)
+            total += dot_general_flops(equation)
+        counts = [count_flops(subprogram) for subprogram in subprograms(equation)]
+        is_branch = equation.primitive.name == "cond"
+        called = max(counts, default=0.0) if is_branch else sum(counts)
+        num_iterations = equation.params.get("length", 1)
+        total += called * num_iterations
     return total
 
 
 def product_flops(dtype: str, size: int) -> float:
-    """Operations a second of a product of square matrices, the median of ten."""
+    """Measure the operations per second of a product of square matrices, the median of ten."""
     import jax
     import jax.numpy as jnp
 
-    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32).astype(dtype))
+    @jax.jit
+    def square(matrix):
+        return jnp.dot(matrix, matrix, preferred_element_type=jnp.float32).astype(dtype)
+
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
     seconds = []
     for _ in range(12):
         begin = time.perf_counter()
-        product(x).block_until_ready()
+        square(matrix).block_until_ready()
         seconds.append(time.perf_counter() - begin)
+    # The first call compiles, and the second warms up.
     return 2 * size**3 / statistics.median(seconds[2:])
 
 
 class Notes:
-    """Wraps functions of a script. Settings: `segment`, in steps, for `loop` and `bare`; `product`, a data type and a
-    size."""
+    """Times the parts of a script by wrapping its functions and `jax.pmap`.
+
+    Settings:
+
+        notes     file to write
+        start     time at which the command was started
+        segment   number of steps in a segment for `loop` and `bare`; none are timed without it
+        product   data type and size of the matrices for `product_flops`
+    """
 
     def __init__(self, script, settings: dict):
-        self.settings, self.steps, self.last, self.segments = settings, 0, None, []
+        self.settings = settings
+        self.num_steps = 0
+        # State, totals and batch after the last step.
+        self.last = None
+        # Seconds per step, of the run and of the bare steps, for each segment.
+        self.segments = []
+        # When the current segment of the run began.
+        self.segment_begin = None
         self.found = {
             "imports": time.time() - settings["start"],
             "data": 0.0,
             "initialization": 0.0,
         }
-        for kind, names in (("data", DATA), ("initialization", INITIALIZATION)):
+        for part, names in (("data", DATA), ("initialization", INITIALIZATION)):
             for name in names:
                 if hasattr(script, name):
-                    setattr(script, name, self.timed(kind, getattr(script, name)))
+                    setattr(script, name, self.timed(part, getattr(script, name)))
         self.patch_pmap()
 
-    def timed(self, kind: str, function):
-        def timed(*args, **kwargs):
+    def timed(self, part: str, function):
+        """Wrap a function so that its time before the first step counts for a part."""
+
+        def timed_function(*args, **kwargs):
             begin = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.found[kind] += 0 if self.steps else time.perf_counter() - begin
+                if self.num_steps == 0:
+                    self.found[part] += time.perf_counter() - begin
 
-        return timed
+        return timed_function
 
     def patch_pmap(self):
+        """Make `jax.pmap` return `run_step` for the train step, which is the one that donates."""
         import jax
 
         pmap = jax.pmap
 
-        def patched(function, *args, **kwargs):
+        def patched_pmap(function, *args, **kwargs):
             mapped = pmap(function, *args, **kwargs)
-            if "donate_argnums" not in kwargs:  # of the evaluation
+            if "donate_argnums" not in kwargs:
                 return mapped
-            self.step, self.countable = mapped, pmap(function, *args)
+            self.train_step = mapped
+            # `write` traces this one with the last state, for the count of operations.
+            del kwargs["donate_argnums"]
+            self.undonated_train_step = pmap(function, *args, **kwargs)
             return self.run_step
 
-        jax.pmap = patched
+        jax.pmap = patched_pmap
 
     def run_step(self, state, totals, batch):
+        """Take the place of the compiled train step, and time the first one and the segments."""
+        begin = time.perf_counter()
+        state, totals = self.train_step(state, totals, batch)
+        self.last = (state, totals, batch)
+        self.num_steps += 1
+        if self.num_steps == 1:
+            self.time_first_step(begin)
+        segment = self.settings.get("segment")
+        if segment and self.num_steps >= WARM_UP and (self.num_steps - WARM_UP) % segment == 0:
+            self.time_segment(segment)
+        state, totals, _ = self.last
+        return state, totals
+
+    def time_first_step(self, begin: float):
+        """Note when the first step, called at `begin`, was dispatched, and when it is done."""
         import jax
 
+        self.found["compilation"] = time.perf_counter() - begin
+        self.found["to_first_step"] = time.time() - self.settings["start"]
         begin = time.perf_counter()
-        self.last = (*self.step(state, totals, batch), batch)
-        self.steps += 1
-        if self.steps == 1:
-            self.found["compilation"] = time.perf_counter() - begin
-            self.found["to_first_step"], begin = (
-                time.time() - self.settings["start"],
-                time.perf_counter(),
-            )
-            jax.block_until_ready(self.last)
-            self.found["first_step"] = time.perf_counter() - begin
-        segment = self.settings.get("segment")
-        if segment and self.steps >= WARM_UP and (self.steps - WARM_UP) % segment == 0:
-            jax.block_until_ready(self.last)
-            loop = time.perf_counter() - self.begun if self.steps > WARM_UP else None
-            begin = time.perf_counter()
-            for _ in range(segment):
-                self.last = (*self.step(*self.last), batch)
-            jax.block_until_ready(self.last)
-            self.begun = time.perf_counter()
-            loop and self.segments.append((loop / segment, (self.begun - begin) / segment))
-        return self.last[:2]
+        jax.block_until_ready(self.last)
+        self.found["first_step"] = time.perf_counter() - begin
+
+    def time_segment(self, segment: int):
+        """End a segment of the run, and take as many bare steps on the last batch."""
+        import jax
+
+        jax.block_until_ready(self.last)
+        begin = time.perf_counter()
+        state, totals, batch = self.last
+        for _ in range(segment):
+            state, totals = self.train_step(state, totals, batch)
+        self.last = (state, totals, batch)
+        jax.block_until_ready(self.last)
+        end = time.perf_counter()
+        # The first call only ends the warm-up.
+        if self.segment_begin is not None:
+            loop_seconds = begin - self.segment_begin
+            bare_seconds = end - begin
+            self.segments.append((loop_seconds / segment, bare_seconds / segment))
+        self.segment_begin = end
 
     def write(self):
+        """Add what is known after the run, and write the notes in the first process."""
         import jax
 
-        found, batch = self.found, self.last[-1]
+        found = self.found
+        batch = self.last[-1]
         found["tokens"] = batch["attention_mask"].size * jax.process_count()
-        found["flops"] = (
-            count_flops(jax.make_jaxpr(self.countable)(*self.last).jaxpr) * jax.device_count()
-        )
+        traced = jax.make_jaxpr(self.undonated_train_step)(*self.last)
+        found["flops"] = count_flops(traced.jaxpr) * jax.device_count()
         if self.segments:
-            found["loop"], found["bare"] = map(statistics.median, zip(*self.segments, strict=True))
+            found["loop"] = statistics.median(loop for loop, _ in self.segments)
+            found["bare"] = statistics.median(bare for _, bare in self.segments)
             found["ratio"] = statistics.median(loop / bare for loop, bare in self.segments)
         if "product" in self.settings:
             found["product_flops"] = product_flops(*self.settings["product"])
+        # CPU devices have no memory statistics.
         memory = [device.memory_stats() for device in jax.local_devices()]
-        found["peak_bytes"] = max(
-            (stats["peak_bytes_in_use"] for stats in memory if stats), default=None
-        )
-        found |= {"device": jax.local_devices()[0].device_kind, "jax": jax.__version__}
+        peaks = [stats["peak_bytes_in_use"] for stats in memory if stats]
+        found["peak_bytes"] = max(peaks, default=None)
+        found["device"] = jax.local_devices()[0].device_kind
+        found["jax"] = jax.__version__
         if jax.process_index() == 0:
             Path(self.settings["notes"]).write_text(json.dumps(found))
 
 
-def main() -> int:
-    settings, name, flags = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], sys.argv[3:]
+def main():
+    settings_file, name, *flags = sys.argv[1:]
+    settings = json.loads(Path(settings_file).read_text())
     script = import_module(name.removesuffix(".py"))
     notes = Notes(script, settings)
     if settings.get("simple"):
         import_module("whole_run").simplify(script)
-    status = script.cli(flags)
-    status or not settings["notes"] or notes.write()
-    return status
+    script.main(flags)
+    if settings["notes"]:
+        notes.write()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

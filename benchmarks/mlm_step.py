@@ -1,18 +1,21 @@
 #!/usr/bin/env python
-"""The train step of run_mlm_flax.py beside the plain one, in one process, as ratios.
+"""Compare the train step of run_mlm_flax.py with plain steps, in one process, as ratios.
 
     python benchmarks/mlm_step.py [--seconds 45] [--models "2 x 128" "4 x 768"] [--json FILE]
 
-Four train steps of a RoBERTa take turns on one CPU device, each with a state of its own, on the same batches:
+Four train steps of a RoBERTa alternate on one CPU device, each with its own state, on the same
+batches:
 
-    script     train_step of run_mlm_flax.py: the head on the masked positions
-    one-hot    the plain step: logits of all positions, cross-entropy with one-hot labels times the mask
-    indices    the plain step with integer labels in place of one-hot ones
-    threefry   the script's step with dropout from JAX's default generator, threefry2x32, in place of rbg
+    script     train_step of run_mlm_flax.py: the head is computed at the masked positions only
+    one-hot    plain: logits of all positions, cross-entropy with one-hot labels times the mask
+    indices    plain, with integer labels in place of one-hot labels
+    threefry   the script's step, with dropout from JAX's default generator, threefry2x32,
+               in place of rbg
 
-Model, weights, optimizer (AdamW) and dropout rates are the same, and so are the keys of dropout. Each round runs every
-step once, in a random order, each to its end. Other work on the machine slows all of them down, so the times say
-little, and the ratios of one run a lot; those of processor time, of all threads, depend on it least.
+All have the same model, weights, optimizer (AdamW), dropout rates and dropout keys. Each round runs
+every step once, to its end, in random order. Other work on the machine slows all steps down, so
+times say little and the ratios of one run say a lot. The ratios of processor time, summed over all
+threads, depend on other work the least.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -39,20 +43,50 @@ import harness
 
 import run_mlm_flax as script
 
-ROWS, LENGTH, WARM_UP = 8, 128, 2
-TOLERANCE = 0.05  # of the first losses, which dropout may set apart; exact equality is for the tests to show
-SIZES = {  # name: layers, width, heads, intermediate width, vocabulary, and the ratio that the project demands
-    "2 x 128": (2, 128, 2, 512, 8_000, 2.0),
-    "4 x 768": (4, 768, 12, 3072, 30_000, 1.4),
+ROWS = 8
+LENGTH = 128
+NUM_BATCHES = 16
+WARM_UP = 2  # rounds
+MIN_ROUNDS = 10
+# How far apart the first losses may be. The steps draw different dropout. That the losses are equal
+# without dropout is for the tests to show.
+TOLERANCE = 0.05
+FLAGS = [
+    "--output_dir=-",
+    "--config_name=-",
+    "--tokenizer_name=-",
+    "--train_file=-",
+    "--weight_decay=0.01",
+    "--learning_rate=1e-4",
+    f"--per_device_train_batch_size={ROWS}",
+]
+TOTALS = ("loss", "predicted", "tokens", "grad_norm", "learning_rate")
+
+
+class Size(NamedTuple):
+    """The size of a RoBERTa, and the ratio of the one-hot step that the project demands."""
+
+    layers: int
+    width: int
+    heads: int
+    intermediate_width: int
+    vocab_size: int
+    demanded_ratio: float
+
+
+SIZES = {
+    "2 x 128": Size(2, 128, 2, 512, 8_000, 2.0),
+    "4 x 768": Size(4, 768, 12, 3072, 30_000, 1.4),
 }
-FLAGS = "--output_dir=- --config_name=- --tokenizer_name=- --train_file=- --weight_decay=0.01 --learning_rate=1e-4"
 
 
 class Tokenizer:
-    """What the collator and the batches need of one."""
+    """The part of a tokenizer that the collator and the batches use."""
 
     all_special_ids = (0, 1, 2, 3, 4)
-    mask_token_id, pad_token_id, name_or_path = 4, 1, "-"
+    mask_token_id = 4
+    pad_token_id = 1
+    name_or_path = "-"
 
     def __init__(self, size: int):
         self.size = size
@@ -62,20 +96,28 @@ class Tokenizer:
 
 
 def plain_step(state, totals, batch, model, seed, one_hot: bool = True):
-    """The textbook step, with the arguments, and the dropout keys, of the script's step."""
-    batch = {name: array[0] for name, array in batch.items()}  # [batch, length] int32
+    """Take the textbook's step, with the arguments and the dropout keys of the script's step."""
+    # [batch, length] int32
+    batch = {name: array[0] for name, array in batch.items()}
     rng = jax.random.fold_in(jax.random.key(seed, impl=script.DROPOUT_PRNG), state.step)
-    dropout_rng = jax.random.fold_in(jax.random.fold_in(rng, jax.lax.axis_index("batch")), 0)
+    rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
+    # The script folds in the number of the micro-batch, here always 0.
+    dropout_rng = jax.random.fold_in(rng, 0)
     mask = (batch["labels"] != script.IGNORE).astype(jnp.float32)
     labels = jnp.where(mask > 0, batch["labels"], 0)
 
     def loss_fn(params):
-        inputs = batch["input_ids"], batch["attention_mask"]
-        logits = model(*inputs, params=params, dropout_rng=dropout_rng, train=True).logits.astype(
-            jnp.float32
+        outputs = model(
+            batch["input_ids"],
+            batch["attention_mask"],
+            params=params,
+            dropout_rng=dropout_rng,
+            train=True,
         )
+        logits = outputs.logits.astype(jnp.float32)
         if one_hot:
-            losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
+            one_hot_labels = jax.nn.one_hot(labels, logits.shape[-1])
+            losses = optax.softmax_cross_entropy(logits, one_hot_labels)
         else:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return (losses * mask).sum()
@@ -83,102 +125,149 @@ def plain_step(state, totals, batch, model, seed, one_hot: bool = True):
     loss_and_grads = jax.value_and_grad(loss_fn)(state.params)
     (loss, grads), predicted = jax.lax.psum((loss_and_grads, mask.sum()), "batch")
     grads = jax.tree.map(lambda grad: grad / predicted, grads)
-    return state.apply_gradients(grads=grads), {
-        "loss": totals["loss"] + loss,
-        "predicted": predicted,
-    }
+    totals = {"loss": totals["loss"] + loss, "predicted": predicted}
+    return state.apply_gradients(grads=grads), totals
 
 
-def with_threefry(*args, **kwargs):
-    with mock.patch.object(script, "DROPOUT_PRNG", "threefry2x32"):  # read when the step is traced
+def train_step_with_threefry(*args, **kwargs):
+    """Take the script's step with another generator, which is read while the step is traced."""
+    with mock.patch.object(script, "DROPOUT_PRNG", "threefry2x32"):
         return script.train_step(*args, **kwargs)
 
 
-def make_steps(layers: int, width: int, heads: int, intermediate: int, vocabulary: int):
-    """The batches, and each step as a function of a batch that runs it to its end and returns the mean loss."""
-    config = transformers.RobertaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
+def make_config(size: Size) -> transformers.RobertaConfig:
+    return transformers.RobertaConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=size.intermediate_width,
         max_position_embeddings=LENGTH + 2,
         type_vocab_size=1,
     )
-    args = script.parse_args([*FLAGS.split(), f"--per_device_train_batch_size={ROWS}"])
-    model, params = script.load_model(args, config)
-    optimizer, _ = script.make_optimizer(args, num_steps=10_000)
-    state = jax.device_get(TrainState.create(apply_fn=None, params=params, tx=optimizer))
-    collator = script.FlaxDataCollatorForLanguageModeling(Tokenizer(vocabulary), LENGTH)
-    tokens = np.random.default_rng(0).integers(5, vocabulary, 16 * ROWS * LENGTH, dtype=np.int32)
-    ends = np.arange(LENGTH, len(tokens) + 1, LENGTH)
-    sequences = script.Sequences(
-        tokens, np.zeros(len(tokens), np.int8), ends - LENGTH, ends, LENGTH, LENGTH
-    )
-    batches = list(
-        map(
-            script.shard, script.train_batches(sequences, collator, args.seed, range(16), (1, ROWS))
-        )
-    )
-    copy = lambda tree: script.shard(jax.tree.map(lambda x: np.asarray(x)[None], tree))  # noqa: E731
-    zeros = copy(dict.fromkeys(("loss", "predicted", "tokens", "grad_norm"), np.float32(0)))
-    fixed = {"model": model, "seed": args.seed}
-
-    functions = {
-        "script": partial(script.train_step, num_slots=collator.num_slots, **fixed),
-        "one-hot": partial(plain_step, **fixed),
-        "indices": partial(plain_step, one_hot=False, **fixed),
-        "threefry": partial(with_threefry, num_slots=collator.num_slots, **fixed),
-    }
-
-    def run_to_its_end(p_step, states, batch) -> float:
-        states[0], sums = jax.block_until_ready(p_step(states[0], zeros, batch))
-        return float(np.asarray(sums["loss"])[0] / np.asarray(sums["predicted"])[0])
-
-    return batches, {
-        name: partial(run_to_its_end, jax.pmap(function, "batch", donate_argnums=0), [copy(state)])
-        for name, function in functions.items()
-    }
 
 
-def measure(size, seconds: float) -> dict:
-    """Rounds for `seconds`, at least ten: each step's median time, and the ratios to the script's.
+def make_batches(vocab_size: int, collator, seed: int) -> list:
+    """Make batches of random tokens in full rows, on the device."""
+    num_tokens = NUM_BATCHES * ROWS * LENGTH
+    tokens = np.random.default_rng(0).integers(5, vocab_size, num_tokens, dtype=np.int32)
+    continues_word = np.zeros(num_tokens, np.int8)
+    ends = np.arange(LENGTH, num_tokens + 1, LENGTH)
+    sequences = script.Sequences(tokens, continues_word, ends - LENGTH, ends, LENGTH, LENGTH)
+    batches = script.train_batches(sequences, collator, seed, range(NUM_BATCHES), (1, ROWS))
+    return [script.shard(batch) for batch in batches]
 
-    Raises SystemExit where the first losses are far apart: a coarse check of the batches, since the steps draw other
-    dropout. That loss and gradients are equal is shown by tests/test_mlm_objective.py.
+
+def copy_to_device(tree):
+    """Copy arrays to the device with a leading axis of length 1, as for `jax.pmap`."""
+    return script.shard(jax.tree.map(lambda array: np.asarray(array)[None], tree))
+
+
+def make_steps(size: Size) -> tuple[list, dict]:
+    """Make the batches and the steps.
+
+    A step is a function of a batch that runs to its end and returns the mean loss.
     """
-    batches, steps = make_steps(*size)
-    first = {name: step(batches[0]) for name, step in steps.items()}
-    if max(first.values()) - min(first.values()) > TOLERANCE:
-        raise SystemExit(f"the steps differ in their first loss: {first}")
-    for _ in range(WARM_UP):
-        [step(batches[0]) for step in steps.values()]
-    wall, processor = {name: [] for name in steps}, {name: [] for name in steps}
-    shuffle, end = random.Random(0).shuffle, time.perf_counter() + seconds
-    while time.perf_counter() < end or len(wall["script"]) < 10:
-        batch, order = batches[len(wall["script"]) % len(batches)], list(steps)
-        shuffle(order)
+    args = script.parse_args(FLAGS)
+    model, params = script.load_model(args, make_config(size))
+    schedule = script.make_schedule(args, num_steps=10_000)
+    optimizer = script.make_optimizer(args, schedule)
+    state = jax.device_get(TrainState.create(apply_fn=None, params=params, tx=optimizer))
+    collator = script.FlaxDataCollatorForLanguageModeling(Tokenizer(size.vocab_size), LENGTH)
+    batches = make_batches(size.vocab_size, collator, args.seed)
+    zeros = copy_to_device(dict.fromkeys(TOTALS, np.float32(0)))
+
+    def make_step(function, **fixed):
+        bound = partial(function, seed=args.seed, **fixed)
+        p_step = jax.pmap(bound, "batch", donate_argnums=0)
+        current_state = copy_to_device(state)
+
+        def step(batch) -> float:
+            nonlocal current_state
+            current_state, sums = jax.block_until_ready(p_step(current_state, zeros, batch))
+            return float(np.asarray(sums["loss"])[0] / np.asarray(sums["predicted"])[0])
+
+        return step
+
+    loss_fn = partial(script.loss_sums, model=model, num_slots=collator.num_slots)
+    of_script = {"loss_fn": loss_fn, "schedule": schedule}
+    steps = {
+        "script": make_step(script.train_step, **of_script),
+        "one-hot": make_step(plain_step, model=model),
+        "indices": make_step(plain_step, model=model, one_hot=False),
+        "threefry": make_step(train_step_with_threefry, **of_script),
+    }
+    return batches, steps
+
+
+def time_rounds(batches: list, steps: dict, seconds: float) -> tuple[dict, dict]:
+    """Time rounds for `seconds`, at least ten; return wall and processor times of each step."""
+    wall = {name: [] for name in steps}
+    processor = {name: [] for name in steps}
+    rng = random.Random(0)
+    end = time.perf_counter() + seconds
+    num_rounds = 0
+    while time.perf_counter() < end or num_rounds < MIN_ROUNDS:
+        batch = batches[num_rounds % len(batches)]
+        order = list(steps)
+        rng.shuffle(order)
         for name in order:
-            start = time.perf_counter(), time.process_time()
+            wall_begin = time.perf_counter()
+            processor_begin = time.process_time()
             steps[name](batch)
-            wall[name].append(time.perf_counter() - start[0])
-            processor[name].append(time.process_time() - start[1])
-    figures = {"rounds": len(wall["script"]), "first_loss": first, "steps": {}}
+            wall[name].append(time.perf_counter() - wall_begin)
+            processor[name].append(time.process_time() - processor_begin)
+        num_rounds += 1
+    return wall, processor
+
+
+def measure(size: Size, seconds: float) -> dict:
+    """Measure each step's median time and its ratios to the script's.
+
+    Raises SystemExit if the first losses are far apart. This is a coarse check of the batches, for
+    the steps draw different dropout. tests/test_mlm_objective.py shows that loss and gradients are
+    equal.
+    """
+    batches, steps = make_steps(size)
+    first_loss = {name: step(batches[0]) for name, step in steps.items()}
+    if max(first_loss.values()) - min(first_loss.values()) > TOLERANCE:
+        raise SystemExit(f"the steps differ in their first loss: {first_loss}")
+    for _ in range(WARM_UP):
+        for step in steps.values():
+            step(batches[0])
+    wall, processor = time_rounds(batches, steps, seconds)
+
+    median_wall = {name: statistics.median(times) for name, times in wall.items()}
+    median_processor = {name: statistics.median(times) for name, times in processor.items()}
+    figures = {"rounds": len(wall["script"]), "first_loss": first_loss, "steps": {}}
     for name in steps:
-        ratios = [
-            step / script_step for step, script_step in zip(wall[name], wall["script"], strict=True)
-        ]
+        pairs = zip(wall[name], wall["script"], strict=True)
+        ratios = [step_time / script_time for step_time, script_time in pairs]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        found = {
-            "median_milliseconds": statistics.median(wall[name]) * 1e3,
-            "ratio_of_medians": statistics.median(wall[name]) / statistics.median(wall["script"]),
+        figures["steps"][name] = {
+            "median_milliseconds": median_wall[name] * 1e3,
+            "ratio_of_medians": median_wall[name] / median_wall["script"],
             "median_of_ratios": middle,
             "quartiles_of_ratios": [low, high],
-            "ratio_of_processor_time": statistics.median(processor[name])
-            / statistics.median(processor["script"]),
+            "ratio_of_processor_time": median_processor[name] / median_processor["script"],
         }
-        figures["steps"][name] = found
     return figures
+
+
+def print_row(model: str, step: str, found: dict, demanded_ratio: float):
+    """Print the figures of a step. The project demands a ratio of the one-hot step only."""
+    low, high = found["quartiles_of_ratios"]
+    columns = (
+        f"{model:<9}",
+        f"{step:<9}",
+        f"{found['median_milliseconds']:>9.1f}",
+        f"{found['ratio_of_medians']:>12.2f}",
+        f"{found['median_of_ratios']:>10.2f}",
+        f"{f'{low:.2f} - {high:.2f}':>14}",
+        f"{found['ratio_of_processor_time']:>7.2f}",
+        f"{demanded_ratio if step == 'one-hot' else '':>8}",
+    )
+    print("".join(columns))
 
 
 def main():
@@ -186,31 +275,26 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--seconds", type=float, default=45.0, help="a model; at least ten rounds in any case"
+        "--seconds", type=float, default=45.0, help="for each model; at least ten rounds are run"
     )
     parser.add_argument(
         "--models", nargs="+", choices=SIZES, default=list(SIZES), help="default: both"
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    figures = {}
-    print(
-        f"{harness.processor()}, jax {jax.__version__}, flax {flax_version}, transformers {transformers.__version__}"
-    )
+
+    libraries = f"flax {flax_version}, transformers {transformers.__version__}"
+    print(f"{harness.processor()}, jax {jax.__version__}, {libraries}")
     print(f"batch {ROWS} x {LENGTH}; ratios are to the step of the script, times are medians\n")
-    print(
-        f"model    step            ms{'of medians':>12}{'of pairs':>10}{'quartiles':>14}{'CPU':>7}{'demand':>8}"
-    )
+    ratio_columns = f"{'of medians':>12}{'of pairs':>10}{'quartiles':>14}{'CPU':>7}{'demand':>8}"
+    print(f"model    step            ms{ratio_columns}")
+    figures = {}
     for name in args.models:
-        *size, demanded = SIZES[name]
-        figures[name] = measured = {"demanded": demanded, **measure(size, args.seconds)}
+        size = SIZES[name]
+        measured = measure(size, args.seconds)
+        figures[name] = {"demanded": size.demanded_ratio, **measured}
         for step, found in measured["steps"].items():
-            low, high = found["quartiles_of_ratios"]
-            print(
-                f"{name:<9}{step:<9}{found['median_milliseconds']:>9.1f}{found['ratio_of_medians']:>12.2f}"
-                f"{found['median_of_ratios']:>10.2f}{f'{low:.2f} - {high:.2f}':>14}"
-                f"{found['ratio_of_processor_time']:>7.2f}{demanded if step == 'one-hot' else '':>8}"
-            )
+            print_row(name, step, found, size.demanded_ratio)
         print(f"{'':<9}{measured['rounds']} rounds\n", flush=True)
     harness.write_json(args.json, figures)
 

@@ -1,12 +1,16 @@
 #!/usr/bin/env python
-"""What the training loop adds to the compiled step, on 1, 2, 4 and 8 virtual CPU devices and in 1 and 2 processes.
+"""Measure what the training loop adds to the compiled step, over devices and processes.
 
-    python benchmarks/scaling.py [--objective masked] [--devices 1 2 4 8] [--processes 1 2] [--size small] [--runs 3]
-        [--json FILE]
+    python benchmarks/scaling.py [--objective masked] [--devices 1 2 4 8] [--processes 1 2]
+        [--size small] [--runs 3] [--json FILE]
 
-Whole runs of a script with 64 sequences a step in all, so that each run computes the same. `bare` is a step of the
-compiled program on a batch that lies ready, `loop` a step of the run, with its batches, its logging and the rest of
-Python; medians of the runs. Virtual devices share the cores of one machine: more of them are not faster.
+Each row of the table is from whole runs of a script, on virtual CPU devices, with 64 sequences a
+step on all devices together, so all runs compute the same. Figures are medians of the runs:
+
+    bare   a step of the compiled program on a batch that is already on the devices
+    loop   a step of the run, with its batch, its logging and the rest of Python
+
+Virtual devices share the cores of one machine, so more of them are not faster.
 """
 
 import argparse
@@ -20,16 +24,66 @@ import harness
 ROWS = 64
 
 
-def cluster(processes: int, devices: int) -> list[dict]:
-    """The environments of processes with `devices` each."""
-    xla = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    if processes == 1:
-        return [xla]
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
-    xla |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [{**xla, "JAX_PROCESS_ID": str(i)} for i in range(processes)]
+def cluster(num_processes: int, devices_per_process: int) -> list[dict[str, str]]:
+    """Make the environment of each process of a cluster on this machine."""
+    env = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_per_process}",
+    }
+    if num_processes == 1:
+        return [env]
+    # The system chooses a free port.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+    env["JAX_NUM_PROCESSES"] = str(num_processes)
+    return [{**env, "JAX_PROCESS_ID": str(process)} for process in range(num_processes)]
+
+
+def measure(
+    args, directory: Path, text: Path, folder: Path, num_processes: int, num_devices: int
+) -> dict:
+    """Measure runs on `num_devices` devices, which the processes share equally."""
+    flags = {
+        "max_steps": harness.WARM_UP + args.segments * args.segment,
+        "logging_steps": 20,
+    }
+    if num_processes > 1:
+        flags["distributed"] = True
+    rows_per_device = ROWS // num_devices
+    output_dir = directory / "out"
+    script, words = harness.command(
+        args.objective, folder, text, output_dir, rows_per_device, args.length, **flags
+    )
+    runs = []
+    for _ in range(args.runs):
+        envs = cluster(num_processes, num_devices // num_processes)
+        processes = harness.start(directory, script, words, envs, segment=args.segment)
+        runs.append(harness.finish(directory, processes))
+    bare = 1e3 * statistics.median(run["bare"] for run in runs)
+    loop = 1e3 * statistics.median(run["loop"] for run in runs)
+    ratio = statistics.median(run["ratio"] for run in runs)
+    return {
+        "processes": num_processes,
+        "devices": num_devices,
+        "bare_ms": bare,
+        "loop_ms": loop,
+        "added_ms": bare * (ratio - 1),
+        "ratio": ratio,
+    }
+
+
+def print_row(found: dict):
+    columns = (
+        f"{found['processes']:>10}",
+        f"{found['devices']:>9}",
+        f"{found['bare_ms']:>10.1f}",
+        f"{found['loop_ms']:>10.1f}",
+        f"{found['added_ms']:>10.2f}",
+        f"{found['ratio']:>13.3f}",
+    )
+    print("".join(columns), flush=True)
 
 
 def main():
@@ -37,64 +91,43 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--objective", choices=harness.OBJECTIVES, default="masked")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="in all")
+    parser.add_argument(
+        "--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="in all processes together"
+    )
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
-        "--size", choices=harness.SIZES, default="small", help="2 layers of 128, or 12 of 768"
+        "--size",
+        choices=harness.SIZES,
+        default="small",
+        help="2 layers of width 128, or 12 layers of width 768",
     )
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
     parser.add_argument(
-        "--segment",
-        type=int,
-        default=25,
-        help="steps of the run, then as many on the batch that lies",
+        "--segment", type=int, default=25, help="steps of the run between as many bare steps"
     )
-    parser.add_argument("--segments", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--segments", type=int, default=4, help="segments in a run")
+    parser.add_argument("--runs", type=int, default=3, help="runs for each row")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
+
+    tokens = f"{ROWS} x {args.length} tokens a step"
+    print(f"{args.objective}, {args.size}, {tokens}, medians of {args.runs} runs")
+    times = f"{'bare ms':>10}{'loop ms':>10}{'added ms':>10}{'loop / bare':>13}"
+    print(f"{'processes':>10}{'devices':>9}{times}")
     figures = []
-    print(
-        f"{args.objective}, {args.size}, {ROWS} x {args.length} tokens a step, medians of {args.runs} runs"
-    )
-    print(
-        f"{'processes':>10}{'devices':>9}{'bare ms':>10}{'loop ms':>10}{'added ms':>10}{'loop / bare':>13}"
-    )
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         text = harness.write_corpus(directory, 4)
-        folder = harness.write_model(
-            directory, text, harness.OBJECTIVES[args.objective][1], args.size, args.length, 8000
-        )
-        for processes, devices in ((p, d) for p in args.processes for d in args.devices if d >= p):
-            script, flags = harness.command(
-                args.objective, folder, text, directory / "out", ROWS // devices, args.length,
-                max_steps=harness.WARM_UP + args.segments * args.segment, logging_steps=20,
-                **({"distributed": True} if processes > 1 else {}),
-            )  # fmt: skip
-            runs = []
-            for _ in range(args.runs):
-                started = harness.start(
-                    directory,
-                    script,
-                    flags,
-                    cluster(processes, devices // processes),
-                    segment=args.segment,
-                )
-                runs.append(harness.finish(directory, started))
-            bare, loop = (
-                1e3 * statistics.median(run[kind] for run in runs) for kind in ("bare", "loop")
-            )
-            ratio = statistics.median(run["ratio"] for run in runs)
-            added = bare * (ratio - 1)
-            figures.append(
-                {"processes": processes, "devices": devices, "bare_ms": bare, "loop_ms": loop}
-            )
-            figures[-1] |= {"added_ms": added, "ratio": ratio}
-            print(
-                f"{processes:>10}{devices:>9}{bare:>10.1f}{loop:>10.1f}{added:>10.2f}{ratio:>13.3f}",
-                flush=True,
-            )
+        model_type = harness.OBJECTIVES[args.objective].model_type
+        folder = harness.write_model(directory, text, model_type, args.size, args.length, 8000)
+        for num_processes in args.processes:
+            for num_devices in args.devices:
+                # Each process needs a device.
+                if num_devices < num_processes:
+                    continue
+                found = measure(args, directory, text, folder, num_processes, num_devices)
+                figures.append(found)
+                print_row(found)
     harness.write_json(args.json, figures)
 
 

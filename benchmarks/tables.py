@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""The README's tables of measurements, from the files that benchmarks/*.py have written into benchmarks/results.
+"""Write the README's tables of measurements from the files in benchmarks/results.
 
     python benchmarks/tables.py
 
-Each stands between `<!-- measured: NAME -->` and `<!-- end of measured -->`, NAME being that of the file. tests/
-test_benchmarks.py makes sure that the README holds what the files say.
+The other benchmarks write those files. Each table is between `<!-- measured: NAME -->` and `<!--
+end of measured -->`, and NAME is the name of its file. tests/test_benchmarks.py checks that the
+README shows what the files say.
 """
 
 import json
@@ -20,91 +21,113 @@ BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end of measured -->)",
 
 
 def table(header: tuple, rows: list) -> str:
-    """Markdown: the first column to the left, the others to the right."""
-    lines = [header, (":---", *["---:"] * (len(header) - 1)), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    """Write a table in Markdown with the first column aligned left and the others right."""
+    alignment = (":---", *["---:"] * (len(header) - 1))
+    lines = []
+    for cells in (header, alignment, *rows):
+        lines.append(f"| {' | '.join(map(str, cells))} |\n")
+    return "".join(lines)
+
+
+def named_rows(figures: dict) -> dict[str, dict]:
+    """The figures that are rows of a table, as opposed to single numbers beside it."""
+    return {name: found for name, found in figures.items() if isinstance(found, dict)}
 
 
 def step(figures: dict) -> str:
-    objectives = [(name, found) for name, found in figures.items() if isinstance(found, dict)]
-    rows = [
-        (
-            name,
+    rows = []
+    for objective, found in named_rows(figures).items():
+        row = (
+            objective,
             f"{found['tokens_per_second']:,.0f}",
             f"{found['utilization']:.0%}",
             f"{found['ratio']:.3f}",
             f"{max(found['waiting'], 0):.1%}",
         )
-        for name, found in objectives
-    ]
+        rows.append(row)
     return table(("objective", "tokens/s", "utilization", "loop / step", "waiting"), rows)
 
 
 def host(figures: dict) -> str:
-    rows = [
-        (
-            name,
-            *(f"{found[kind] / 1e6:.2f}" for kind in ("tokenizer", "prepared")),
+    rows = []
+    for objective, found in figures.items():
+        row = (
+            objective,
+            f"{found['tokenizer'] / 1e6:.2f}",
+            f"{found['prepared'] / 1e6:.2f}",
             f"{found['share']:.0%}",
-            *(f"{found[kind] / 1e6:.1f}" for kind in ("batches", "batches_by_rows")),
+            f"{found['batches'] / 1e6:.1f}",
+            f"{found['batches_by_rows'] / 1e6:.1f}",
         )
-        for name, found in figures.items()
-    ]
+        rows.append(row)
     return table(("objective", "tokenizer", "prepared", "share", "batches", "by rows"), rows)
 
 
 def startup(figures: dict) -> str:
-    runs = {name: found for name, found in figures.items() if isinstance(found, dict)}
-    columns = list(next(iter(runs.values())))
-    rows = [(name, *(f"{found[column]:.1f}" for column in columns)) for name, found in runs.items()]
+    runs = named_rows(figures)
+    first_run = next(iter(runs.values()))
+    columns = list(first_run)
+    rows = []
+    for name, found in runs.items():
+        cells = [f"{found[column]:.1f}" for column in columns]
+        rows.append((name, *cells))
     return table(("model, cache", *columns), rows)
 
 
 def scaling(figures: list) -> str:
-    rows = [
-        (
-            f"{x['processes']} x {x['devices'] // x['processes']}",
-            f"{x['bare_ms']:.0f}",
-            f"{x['ratio']:.3f}",
+    rows = []
+    for found in figures:
+        devices_per_process = found["devices"] // found["processes"]
+        row = (
+            f"{found['processes']} x {devices_per_process}",
+            f"{found['bare_ms']:.0f}",
+            f"{found['ratio']:.3f}",
         )
-        for x in figures
-    ]
+        rows.append(row)
     return table(("processes x devices", "step, ms", "loop / step"), rows)
 
 
 def whole_run(figures: dict) -> str:
-    rows = [
-        (
-            f"{int(name):,}",
-            *(f"{sorted(seconds)[len(seconds) // 2]:.1f}" for seconds in found["seconds"].values()),
+    rows = []
+    for vocab_size, found in figures.items():
+        medians = []
+        for seconds in found["seconds"].values():
+            medians.append(f"{sorted(seconds)[len(seconds) // 2]:.1f}")
+        row = (
+            f"{int(vocab_size):,}",
+            *medians,
             f"{found['ratio']:.2f}",
             f"{min(found['ratios']):.2f} to {max(found['ratios']):.2f}",
         )
-        for name, found in figures.items()
-    ]
+        rows.append(row)
     return table(("vocabulary", "script, s", "simple, s", "ratio", "of the pairs"), rows)
 
 
 def mlm_step(figures: dict) -> str:
-    rows = [
-        (
-            f"{model}, {name}",
-            f"{found['median_of_ratios']:.2f}",
-            "{:.2f} to {:.2f}".format(*found["quartiles_of_ratios"]),
-        )
-        for model, measured in figures.items()
-        for name, found in measured["steps"].items()
-        if name != "script"
-    ]
+    rows = []
+    for model, measured_model in figures.items():
+        for name, found in measured_model["steps"].items():
+            # Its ratios to itself are 1.
+            if name == "script":
+                continue
+            low, high = found["quartiles_of_ratios"]
+            row = (
+                f"{model}, {name}",
+                f"{found['median_of_ratios']:.2f}",
+                f"{low:.2f} to {high:.2f}",
+            )
+            rows.append(row)
     return table(("model, step", "time / the script's", "quartiles"), rows)
 
 
 def save(figures: dict) -> str:
-    times = [f"{figures[name]:.2f}" for name in ("copy", "stopped", "written")]
-    return table(
-        ("state", "plain copy, s", "loop stopped, s", "written, s"),
-        [(f"{figures['gigabytes']:.2f} GB", *times)],
+    row = (
+        f"{figures['gigabytes']:.2f} GB",
+        f"{figures['copy']:.2f}",
+        f"{figures['stopped']:.2f}",
+        f"{figures['written']:.2f}",
     )
+    return table(("state", "plain copy, s", "loop stopped, s", "written, s"), [row])
 
 
 def inference(figures: dict) -> str:
@@ -113,20 +136,26 @@ def inference(figures: dict) -> str:
         "script, bfloat16": "bfloat16",
         "plain, bfloat16": "bfloat16, Flax's products",
     }
-    ratios = {"script, float32": [1.0], "script, bfloat16": figures["script, ratios"]}
+    # Speed is that relative to float32.
+    ratios = {
+        "script, float32": [1.0],
+        "script, bfloat16": figures["script, ratios"],
+        "plain, bfloat16": figures["plain, ratios"],
+    }
     rows = []
     for key, name in names.items():
-        examples, tokens, median, slow, rate, share, _ = figures[key].values()
-        found = ratios.get(key, figures["plain, ratios"])
-        cells = (
-            f"{examples:.1f}",
-            f"{tokens:,.0f}",
-            f"{median:,.0f}",
-            f"{slow:,.0f}",
-            f"{rate:.0f}",
-            f"{share:.0f}%",
+        found = figures[key]
+        row = (
+            name,
+            f"{found['examples/s']:.1f}",
+            f"{found['tokens/s']:,.0f}",
+            f"{found['median ms']:,.0f}",
+            f"{found['95% ms']:,.0f}",
+            f"{found['GFLOP/s']:.0f}",
+            f"{found['% of a product']:.0f}%",
+            f"{statistics.median(ratios[key]):.2f}",
         )
-        rows.append((name, *cells, f"{statistics.median(found):.2f}"))
+        rows.append(row)
     header = (
         "precision",
         "examples/s",
@@ -140,23 +169,30 @@ def inference(figures: dict) -> str:
     return table(header, rows)
 
 
+# The name of a benchmark, and the function that makes its table.
 TABLES = {
-    function.__name__: function
-    for function in (step, host, startup, scaling, whole_run, mlm_step, save, inference)
+    "step": step,
+    "host": host,
+    "startup": startup,
+    "scaling": scaling,
+    "whole_run": whole_run,
+    "mlm_step": mlm_step,
+    "save": save,
+    "inference": inference,
 }
 
 
 def measured(name: str) -> str:
-    """The table of a file, and how it came about."""
-    found = json.loads((RESULTS / f"{name}.json").read_text())
-    kind = re.match(r"python benchmarks/(\w+)\.py", found["command"])[1]
-    about = f"`{found['command']}`: {found['processor']}, JAX {found['jax']}."
+    """Make the table of a file and the line that says how it was measured."""
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    benchmark = re.match(r"python benchmarks/(\w+)\.py", report["command"])[1]
+    about = f"`{report['command']}`: {report['processor']}, JAX {report['jax']}."
     about = textwrap.fill(about, 103, break_on_hyphens=False, break_long_words=False)
-    return f"\n{TABLES[kind](found['figures'])}\n{about}\n\n"
+    return f"\n{TABLES[benchmark](report['figures'])}\n{about}\n\n"
 
 
 def fill(text: str) -> str:
-    """The README's text with the tables of today's files."""
+    """Replace the tables in the text of the README with those of the present files."""
     return BLOCK.sub(lambda match: match[1] + measured(match[2]) + match[3], text)
 
 

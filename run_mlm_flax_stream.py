@@ -593,7 +593,9 @@ def select_text(dataset, column_name: str, source: str):
     if name == "text" and name not in dtypes and len(strings) == 1:
         name = strings[0]
     if name not in dtypes:
-        raise InputError(f"{source}: no column {name}; --text_column_name of {list(dtypes)}?")
+        raise InputError(
+            f"{source}: no column {name}, set --text_column_name to one of {list(dtypes)}"
+        )
     if name not in strings:
         raise InputError(f"{source}: column {name} holds {dtypes[name]}, not text")
     return dataset.select_columns([name]), name, source

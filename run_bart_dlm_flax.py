@@ -393,6 +393,8 @@ class FlaxDataCollatorForBartDenoisingLM:
 
         order = self.permute_sentences(starts_document, starts_sentence, sentence_draws)
         permuted = input_ids.take(order).reshape(num_rows, length)
+        # Special tokens do not move and sentences stay in their documents. So `is_text`, `is_pad`
+        # and `starts_document` describe the permuted text, too.
         is_kept, num_shown = self.infill(is_text, is_pad, starts_document, span_draws)
         noised, attention_mask = self.write_noised(permuted, is_kept, num_shown)
 
@@ -459,7 +461,8 @@ class FlaxDataCollatorForBartDenoisingLM:
         num_kept = num_text - num_masked
 
         # Draw a length for each span. The last one that a row needs is cut to the tokens that are
-        # left to mask. The rest get a length of 0 or less, and are not used.
+        # left to mask. The rest get a length of 0 or less, and are not used. The lower 16 bits of a
+        # draw select the length, the upper 16 the number of spans of length 0 before it.
         lengths = self.span_lengths.take(length_draws & 0xFFFF)
         num_masked_before = lengths.cumsum(axis=1) - lengths
         lengths = np.minimum(lengths, num_masked[:, None] - num_masked_before)

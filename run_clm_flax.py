@@ -698,16 +698,14 @@ def make_collator(args, config, tokenizer, max_length: int):
     return FlaxDataCollatorForCausalLM(max_length)
 
 
-def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
+def make_batch(sequences, rows, collator, shape: tuple[int, ...]):
     """Collate this process's part of the global batch `rows`.
 
     Args:
         sequences: The tokenized sequences.
-        rows: Numbers of the sequences, [global batch] int64. A row of -1 fills a partial batch and
-            gets no labels.
+        rows: Indices of the sequences, [global batch] int64. -1 fills an incomplete batch; its
+            labels are ignored.
         collator: Adds the labels.
-        seed: Not used. Nothing in a batch is random.
-        first_row: Not used.
         shape: Batch shape on a device, (batch,) or (accumulation steps, batch).
 
     Returns:
@@ -729,12 +727,9 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
     An epoch takes the sequences in a random order of its own. The sequences that do not fill its
     last batch are left out.
     """
-
     num_rows = len(sequences)
     batch_size = jax.device_count() * math.prod(shape)
 
-    # The seed has a stream for the order of the data, one for training masks (1) and one for
-    # evaluation masks (2).
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, 0, epoch)).permutation(num_rows)
@@ -742,21 +737,20 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
         rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
-        yield make_batch(sequences, rows, collator, (seed, 1, step), 0, shape)
+        yield make_batch(sequences, rows, collator, shape)
 
 
 def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
     """Generate batches with every sequence once.
 
-    The masks depend on the seed alone: they are the same in every evaluation and for any number of
-    devices.
+    `seed` is not used, since nothing in them is random.
     """
     num_rows = len(sequences)
     batch_size = jax.device_count() * per_device_batch_size
     for start in range(0, num_rows, batch_size):
         rows = np.arange(start, start + batch_size)
         rows[rows >= num_rows] = -1
-        yield make_batch(sequences, rows, collator, (seed, 2), start, (per_device_batch_size,))
+        yield make_batch(sequences, rows, collator, (per_device_batch_size,))
 
 
 def prefetch(batches, size: int = 2, transform=None):

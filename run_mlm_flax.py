@@ -349,62 +349,58 @@ class FlaxDataCollatorForLanguageModeling:
             deviation *= 3
         return min(num_tokens, 16 * math.ceil((mean + 4 * deviation) / 16))
 
-    def __call__(
-        self, examples: dict[str, np.ndarray], rng: np.random.Generator, group_size: int
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, examples: dict[str, np.ndarray], rngs, group_size: int):
         """Mask `input_ids` in place and add `labels`, both [rows, length] int32.
 
-        `continues_word`, if given, is [rows, length] int8. A forward pass takes `group_size` rows,
-        whose predicted tokens share its slots. A token uses one 64-bit draw of `rng`, and a row
-        uses `max_length` of them, so row r begins at draw r * max_length.
+        `rngs` yields a NumPy generator for each row. `continues_word`, if given, is [rows, length]
+        int8. A forward pass takes `group_size` rows, whose predicted tokens share its slots.
         """
         input_ids = examples["input_ids"]
         num_rows, length = input_ids.shape
-        tokens = input_ids.reshape(-1)
-        draws = rng.bit_generator.random_raw(num_rows * self.max_length)
-        draws = draws.reshape(num_rows, -1)[:, :length].ravel()
-
-        # Predict the tokens whose key is small enough.
-        keys = draws
+        # Two uniform numbers for each token. The first one decides whether it is predicted, the
+        # second one what is shown in its place.
+        draws = np.concatenate([rng.random((length, 2)) for rng in rngs])
+        choice_draws, replacement_draws = draws.T
         if "continues_word" in examples:
-            keys = draws[first_tokens_of_words(examples.pop("continues_word"))]
-        positions = np.flatnonzero(keys < np.uint64(self.mlm_probability * 2**64))
-        positions = positions[~self.is_special[tokens[positions]]]
-        positions = self.drop_surplus(positions, keys, group_size * length)
-        labels = np.full((num_rows, length), IGNORE, np.int32)
-        labels.reshape(-1)[positions] = tokens[positions]
+            # A word is predicted if its first token is.
+            choice_draws = choice_draws[first_tokens_of_words(examples.pop("continues_word"))]
 
-        tokens[positions] = self.replacements(tokens[positions], draws[positions])
-        return {**examples, "labels": labels}
+        # Positions count through the whole batch.
+        tokens = input_ids.ravel()
+        positions = np.flatnonzero((choice_draws < self.mlm_probability) & ~self.is_special[tokens])
+        positions = self.drop_surplus(positions, choice_draws, group_size * length)
+        labels = np.full(tokens.shape, IGNORE, np.int32)
+        labels[positions] = tokens[positions]
+        input_ids.flat[positions] = self.replace(tokens[positions], replacement_draws[positions])
+        return {**examples, "labels": labels.reshape(num_rows, length)}
 
-    def drop_surplus(self, positions: np.ndarray, keys: np.ndarray, num_tokens: int) -> np.ndarray:
-        """Leave at most `num_slots` of the positions in each forward pass over `num_tokens` tokens.
+    def drop_surplus(self, positions: np.ndarray, draws: np.ndarray, num_tokens: int):
+        """Keep at most `num_slots` positions in each forward pass over `num_tokens` tokens.
 
-        Those with the smallest keys stay.
+        Those with the smallest `draws`, [tokens], stay.
         """
         slots = self.num_slots(num_tokens)
-        if len(positions) <= slots or np.bincount(positions // num_tokens).max() <= slots:
-            return positions
-        boundaries = np.searchsorted(positions, range(num_tokens, len(keys), num_tokens))
         kept = []
-        for group in np.split(positions, boundaries):
+        for start in range(0, len(draws), num_tokens):
+            first, end = np.searchsorted(positions, (start, start + num_tokens))
+            group = positions[first:end]
             if len(group) > slots:
-                limit = np.partition(keys[group], slots)[slots]
-                group = group[keys[group] < limit]
+                limit = np.sort(draws[group])[slots]
+                group = group[draws[group] < limit]
             kept.append(group)
         return np.concatenate(kept)
 
-    def replacements(self, tokens: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """What is shown in place of `tokens`: 80% mask token, 10% a random token, 10% unchanged."""
-        # The upper half of a draw has decided whether the token is predicted. The lower half is
-        # uniform in [0, 2**32).
-        uniform = draws & 0xFFFFFFFF
-        random_from = int(0.8 * 2**32)
-        unchanged_from = int(0.9 * 2**32)
+    def replace(self, tokens: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """What is shown in place of `tokens`: 80% mask token, 10% a random token, 10% unchanged.
+
+        `draws` are uniform in [0, 1).
+        """
         vocab_size = len(self.is_special)
-        random_tokens = (uniform - random_from) * vocab_size // (unchanged_from - random_from)
-        shown = np.where(uniform < unchanged_from, random_tokens, tokens)
-        return np.where(uniform < random_from, self.tokenizer.mask_token_id, shown)
+        random_tokens = ((draws - 0.8) / 0.1 * vocab_size).astype(np.int32)
+        # Rounding must not lead beyond the vocabulary.
+        random_tokens = np.minimum(random_tokens, vocab_size - 1)
+        shown = np.where(draws < 0.9, random_tokens, tokens)
+        return np.where(draws < 0.8, self.tokenizer.mask_token_id, shown)
 
 
 def first_tokens_of_words(continues_word: np.ndarray) -> np.ndarray:
@@ -771,7 +767,24 @@ def make_collator(args, config, tokenizer, max_length: int):
     )
 
 
-def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
+def sequence_generators(seed: tuple[int, ...], numbers: np.ndarray):
+    """Yield a NumPy generator for each sequence, a function of `seed` and its number alone.
+
+    So the noise of a sequence does not depend on the batch, the device or the host that it is on.
+    Philox (Salmon et al., 2011) is a generator whose state is a key, here made from the seed, and a
+    counter of four words, whose last one is set to the number. It is one object that is reset for
+    each sequence, which takes 2 us, where a new one takes 15. So use each before the next.
+    """
+    bit_generator = np.random.Philox(np.random.SeedSequence(seed))
+    rng = np.random.Generator(bit_generator)
+    state = bit_generator.state
+    for number in numbers:
+        state["state"]["counter"][3] = number
+        bit_generator.state = state
+        yield rng
+
+
+def make_batch(sequences, rows, collator, seed: tuple[int, ...], shape: tuple[int, ...]):
     """Collate this process's part of the global batch `rows`.
 
     Args:
@@ -779,8 +792,7 @@ def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int
         rows: Indices of the sequences, [global batch] int64. -1 fills an incomplete batch; its
             labels are ignored.
         collator: Masks the batch and adds labels.
-        seed: Seed of the masks.
-        first_row: Number of rows that precede this batch among the draws of `seed`.
+        seed: Seed of the noise.
         shape: Batch shape on a device, (batch,) or (accumulation steps, batch).
 
     Returns:
@@ -790,7 +802,6 @@ def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int
     multiple = sequences.pad_to_multiple_of
     length = min(sequences.max_length, multiple * math.ceil(longest / multiple))
     local_rows = np.split(rows, jax.process_count())[jax.process_index()]
-    first_row += jax.process_index() * len(local_rows)
 
     index = sequences.starts[local_rows, None] + np.arange(length)
     is_inside = index < sequences.ends[local_rows, None]
@@ -803,8 +814,8 @@ def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int
     if collator.whole_words:
         batch["continues_word"] = sequences.continues_word[index]
 
-    bits = np.random.PCG64(seed).advance(first_row * collator.max_length)
-    batch = collator(batch, np.random.Generator(bits), group_size=shape[-1])
+    rngs = sequence_generators(seed, np.maximum(local_rows, 0))
+    batch = collator(batch, rngs, group_size=shape[-1])
     batch["labels"][local_rows < 0] = IGNORE
     num_devices = jax.local_device_count()
     return {name: array.reshape(num_devices, *shape, length) for name, array in batch.items()}
@@ -814,14 +825,14 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
     """Generate the batches of `steps`, each a function of the seed and the number of the step.
 
     An epoch takes the sequences in a random order of its own. The sequences that do not fill its
-    last batch are left out.
+    last batch are left out. The noise of a sequence is a function of the seed, the epoch and its
+    number.
     """
-
     num_rows = len(sequences)
     batch_size = jax.device_count() * math.prod(shape)
 
-    # The seed has a stream for the order of the data, one for training masks (1) and one for
-    # evaluation masks (2).
+    # Each use of the seed has a number: 0 is the order of the data, 1 the noise in training, 2 that
+    # in evaluation.
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, 0, epoch)).permutation(num_rows)
@@ -829,21 +840,21 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
         rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
-        yield make_batch(sequences, rows, collator, (seed, 1, step), 0, shape)
+        yield make_batch(sequences, rows, collator, (seed, 1, epoch), shape)
 
 
 def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
     """Generate batches with every sequence once.
 
-    The masks depend on the seed alone: they are the same in every evaluation and for any number of
-    devices.
+    The noise of a sequence is a function of the seed and its number: it is the same in every
+    evaluation and for any number of devices.
     """
     num_rows = len(sequences)
     batch_size = jax.device_count() * per_device_batch_size
     for start in range(0, num_rows, batch_size):
         rows = np.arange(start, start + batch_size)
         rows[rows >= num_rows] = -1
-        yield make_batch(sequences, rows, collator, (seed, 2), start, (per_device_batch_size,))
+        yield make_batch(sequences, rows, collator, (seed, 2), (per_device_batch_size,))
 
 
 def prefetch(batches, size: int = 2, transform=None):

@@ -335,57 +335,55 @@ class FlaxDataCollatorForLanguageModeling:
         deviation = math.sqrt(mean * (1 - self.mlm_probability))
         return min(num_tokens, 16 * math.ceil((mean + 4 * deviation) / 16))
 
-    def __call__(
-        self, examples: dict[str, np.ndarray], rng: np.random.Generator, group_size: int
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, examples: dict[str, np.ndarray], rngs, group_size: int):
         """Mask `input_ids` in place and add `labels`, both [rows, length] int32.
 
-        A forward pass takes `group_size` rows, whose predicted tokens share its slots. A token uses
-        one 64-bit draw of `rng`, so row r begins at draw r * max_length.
+        `rngs` yields a NumPy generator for each row. A forward pass takes `group_size` rows, whose
+        predicted tokens share its slots.
         """
         input_ids = examples["input_ids"]
         num_rows, length = input_ids.shape
-        tokens = input_ids.reshape(-1)
-        draws = rng.bit_generator.random_raw(tokens.size)
+        # Two uniform numbers for each token. The first one decides whether it is predicted, the
+        # second one what is shown in its place.
+        draws = np.concatenate([rng.random((length, 2)) for rng in rngs])
+        choice_draws, replacement_draws = draws.T
 
-        # Predict the tokens whose draw is small enough.
-        positions = np.flatnonzero(draws < np.uint64(self.mlm_probability * 2**64))
-        positions = positions[~self.is_special[tokens[positions]]]
-        positions = self.drop_surplus(positions, draws, group_size * length)
-        labels = np.full((num_rows, length), IGNORE, np.int32)
-        labels.reshape(-1)[positions] = tokens[positions]
+        # Positions count through the whole batch.
+        tokens = input_ids.ravel()
+        positions = np.flatnonzero((choice_draws < self.mlm_probability) & ~self.is_special[tokens])
+        positions = self.drop_surplus(positions, choice_draws, group_size * length)
+        labels = np.full(tokens.shape, IGNORE, np.int32)
+        labels[positions] = tokens[positions]
+        input_ids.flat[positions] = self.replace(tokens[positions], replacement_draws[positions])
+        return {**examples, "labels": labels.reshape(num_rows, length)}
 
-        tokens[positions] = self.replacements(tokens[positions], draws[positions])
-        return {**examples, "labels": labels}
+    def drop_surplus(self, positions: np.ndarray, draws: np.ndarray, num_tokens: int):
+        """Keep at most `num_slots` positions in each forward pass over `num_tokens` tokens.
 
-    def drop_surplus(self, positions: np.ndarray, keys: np.ndarray, num_tokens: int) -> np.ndarray:
-        """Leave at most `num_slots` of the positions in each forward pass over `num_tokens` tokens.
-
-        Those with the smallest keys stay.
+        Those with the smallest `draws`, [tokens], stay.
         """
         slots = self.num_slots(num_tokens)
-        if len(positions) <= slots or np.bincount(positions // num_tokens).max() <= slots:
-            return positions
-        boundaries = np.searchsorted(positions, range(num_tokens, len(keys), num_tokens))
         kept = []
-        for group in np.split(positions, boundaries):
+        for start in range(0, len(draws), num_tokens):
+            first, end = np.searchsorted(positions, (start, start + num_tokens))
+            group = positions[first:end]
             if len(group) > slots:
-                limit = np.partition(keys[group], slots)[slots]
-                group = group[keys[group] < limit]
+                limit = np.sort(draws[group])[slots]
+                group = group[draws[group] < limit]
             kept.append(group)
         return np.concatenate(kept)
 
-    def replacements(self, tokens: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """What is shown in place of `tokens`: 80% mask token, 10% a random token, 10% unchanged."""
-        # The upper half of a draw has decided whether the token is predicted. The lower half is
-        # uniform in [0, 2**32).
-        uniform = draws & 0xFFFFFFFF
-        random_from = int(0.8 * 2**32)
-        unchanged_from = int(0.9 * 2**32)
+    def replace(self, tokens: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """What is shown in place of `tokens`: 80% mask token, 10% a random token, 10% unchanged.
+
+        `draws` are uniform in [0, 1).
+        """
         vocab_size = len(self.is_special)
-        random_tokens = (uniform - random_from) * vocab_size // (unchanged_from - random_from)
-        shown = np.where(uniform < unchanged_from, random_tokens, tokens)
-        return np.where(uniform < random_from, self.tokenizer.mask_token_id, shown)
+        random_tokens = ((draws - 0.8) / 0.1 * vocab_size).astype(np.int32)
+        # Rounding must not lead beyond the vocabulary.
+        random_tokens = np.minimum(random_tokens, vocab_size - 1)
+        shown = np.where(draws < 0.9, random_tokens, tokens)
+        return np.where(draws < 0.8, self.tokenizer.mask_token_id, shown)
 
 
 def keep_only(positions: jax.Array, last_layer: str):
@@ -778,22 +776,39 @@ def make_collator(args, config, tokenizer, max_length: int):
     return FlaxDataCollatorForLanguageModeling(tokenizer, max_length, args.mlm_probability)
 
 
-def make_batch(blocks, collator, seed, first_row: int, shape: tuple[int, ...]):
+def sequence_generators(seed: tuple[int, ...], numbers: np.ndarray):
+    """Yield a NumPy generator for each sequence, a function of `seed` and its number alone.
+
+    So the noise of a sequence does not depend on the batch, the device or the host that it is on.
+    Philox (Salmon et al., 2011) is a generator whose state is a key, here made from the seed, and a
+    counter of four words, whose last one is set to the number. It is one object that is reset for
+    each sequence, which takes 2 us, where a new one takes 15. So use each before the next.
+    """
+    bit_generator = np.random.Philox(np.random.SeedSequence(seed))
+    rng = np.random.Generator(bit_generator)
+    state = bit_generator.state
+    for number in numbers:
+        state["state"]["counter"][3] = number
+        bit_generator.state = state
+        yield rng
+
+
+def make_batch(blocks, numbers, collator, seed: tuple[int, ...], shape: tuple[int, ...]):
     """Collate this process's part of a global batch.
 
     Args:
         blocks: [rows, length] int32.
-        collator: Adds the noise and the labels.
+        numbers: Numbers of the blocks, [rows] int64. The noise of a block depends on its number.
+        collator: Masks the batch and adds labels.
         seed: Seed of the noise.
-        first_row: Number of rows that precede these among the draws of `seed`.
         shape: Batch shape on a device, (batch,) or (accumulation steps, batch).
 
     Returns:
         Arrays [local devices, *shape, length] int32.
     """
-    bits = np.random.PCG64(seed).advance(first_row * collator.max_length)
+    rngs = sequence_generators(seed, numbers)
     batch = {"input_ids": blocks, "attention_mask": np.ones_like(blocks)}
-    batch = collator(batch, np.random.Generator(bits), group_size=shape[-1])
+    batch = collator(batch, rngs, group_size=shape[-1])
     num_devices = jax.local_device_count()
     return {name: array.reshape(num_devices, *shape, -1) for name, array in batch.items()}
 
@@ -815,14 +830,21 @@ class StreamProgress:
 
 
 def train_batches(blocks, collator, seed: int, steps: range, shape, progress: StreamProgress):
-    """Generate the batches of `steps`, up to an error of the stream."""
-    batch_size = jax.local_device_count() * math.prod(shape)
-    first_row = jax.process_index() * batch_size
+    """Generate the batches of `steps`, up to an error of the stream.
+
+    The noise of a block is a function of the seed and of its number among all that are trained on.
+    """
+    local_size = jax.local_device_count() * math.prod(shape)
+    batch_size = jax.process_count() * local_size
+    local_rows = jax.process_index() * local_size + np.arange(local_size)
     try:
         for step in steps:
-            positions, rows = zip(*islice(blocks, batch_size), strict=True)
+            positions, rows = zip(*islice(blocks, local_size), strict=True)
             progress.position_after[step + 1] = positions[-1]
-            yield make_batch(np.stack(rows), collator, (seed, 1, step), first_row, shape)
+            numbers = step * batch_size + local_rows
+            # Each use of the seed has a number: 0 is the order of the data, 1 the noise in
+            # training, 2 that in evaluation.
+            yield make_batch(np.stack(rows), numbers, collator, (seed, 1), shape)
     except InputError as error:
         progress.error = error
 
@@ -830,15 +852,15 @@ def train_batches(blocks, collator, seed: int, steps: range, shape, progress: St
 def eval_batches(blocks, collator, seed: int, per_device_batch_size: int):
     """Generate batches with every block once.
 
-    The masks depend on the seed alone: they are the same in every evaluation and for any number of
-    devices.
+    The noise of a block is a function of the seed and its number: it is the same in every
+    evaluation and for any number of devices.
     """
     num_rows = len(blocks)
     local_size = jax.local_device_count() * per_device_batch_size
     shape = (per_device_batch_size,)
     for start in range(0, num_rows, jax.process_count() * local_size):
         rows = start + jax.process_index() * local_size + np.arange(local_size)
-        batch = make_batch(blocks[rows % num_rows], collator, (seed, 2), int(rows[0]), shape)
+        batch = make_batch(blocks[rows % num_rows], rows, collator, (seed, 2), shape)
         # Rows beyond the last fill the batch and get no labels.
         batch["labels"].reshape(local_size, -1)[rows >= num_rows] = IGNORE
         yield batch

@@ -317,7 +317,7 @@ def check_objective_args(args) -> None:
 
 @dataclass
 class FlaxDataCollatorForT5MLM:
-    """T5's span corruption, for a whole batch at once.
+    """Span corruption of T5, section 3.1.4 of the paper.
 
     A row of `max_length` tokens becomes an input of `inputs_length` tokens and a target of
     `targets_length` tokens. The row is split at random into segments that stay and noise spans.
@@ -355,29 +355,32 @@ class FlaxDataCollatorForT5MLM:
             )
         self.sentinels = np.array(sentinels[: self.num_spans])
 
-    def __call__(
-        self, examples: dict[str, np.ndarray], rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, examples: dict[str, np.ndarray], rngs) -> dict[str, np.ndarray]:
         """Corrupt `input_ids`, [rows, max_length] int32.
 
-        Returns `input_ids` and `attention_mask` of the encoder, [rows, inputs_length] int32, and
-        `labels` and `decoder_input_ids`, [rows, targets_length] int32. A token uses one 64-bit draw
-        of `rng`, so row r begins at draw r * max_length.
+        `rngs` yields a NumPy generator for each row. Returns `input_ids` and `attention_mask`,
+        [rows, inputs_length] int32, and `labels` and `decoder_input_ids`, [rows, targets_length]
+        int32.
         """
         tokens = examples["input_ids"]
-        draws = rng.bit_generator.random_raw(tokens.size).reshape(tokens.shape)
+        num_rows, length = tokens.shape
 
-        # Split the noise tokens into spans, and the others into segments of the same number.
-        noise_lengths = random_segmentation(draws[:, : self.num_noise - 1], self.num_spans)
-        kept_lengths = random_segmentation(draws[:, self.num_noise : -1], self.num_spans)
-        is_noise = mark_noise(kept_lengths, noise_lengths)
+        # Split each row into kept segments and noise spans. They alternate, and a kept segment
+        # comes first.
+        kept_lengths = np.empty((num_rows, self.num_spans), np.int64)
+        noise_lengths = np.empty((num_rows, self.num_spans), np.int64)
+        for row, rng in enumerate(rngs):
+            kept_lengths[row] = random_segmentation(length - self.num_noise, self.num_spans, rng)
+            noise_lengths[row] = random_segmentation(self.num_noise, self.num_spans, rng)
+        lengths = np.stack([kept_lengths, noise_lengths], axis=-1).ravel()
+        is_noise = np.tile([False, True], num_rows * self.num_spans).repeat(lengths)
+        is_noise = is_noise.reshape(num_rows, length)
 
         # A sentinel follows each kept segment in the input, and precedes each span in the target.
-        earlier_sentinels = np.arange(self.num_spans)
         ends_of_kept = kept_lengths.cumsum(axis=1)
         starts_of_noise = noise_lengths.cumsum(axis=1) - noise_lengths
-        input_ids = self.insert_sentinels(tokens[~is_noise], ends_of_kept + earlier_sentinels)
-        labels = self.insert_sentinels(tokens[is_noise], starts_of_noise + earlier_sentinels)
+        input_ids = self.insert_sentinels(tokens[~is_noise], ends_of_kept)
+        labels = self.insert_sentinels(tokens[is_noise], starts_of_noise)
 
         # The decoder sees the labels before the one that it predicts.
         decoder_input_ids = np.roll(labels, 1, axis=1)
@@ -390,11 +393,11 @@ class FlaxDataCollatorForT5MLM:
         }
 
     def insert_sentinels(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Insert the sentinels at `positions`, and append the end-of-sequence token.
+        """Insert a sentinel before each of `positions`, and append the end-of-sequence token.
 
         Args:
             tokens: The tokens of all rows, of which each has the same number, [rows * count] int32.
-            positions: Positions of the sentinels in the result, [rows, spans] int64.
+            positions: Where sentinels go among the `count` tokens of a row, [rows, spans] int64.
 
         Returns:
             The rows, [rows, count + spans + 1] int32.
@@ -403,8 +406,11 @@ class FlaxDataCollatorForT5MLM:
         length = tokens.size // num_rows + self.num_spans + 1
         empty = -1
         result = np.full((num_rows, length), empty, np.int32)
-        result[np.arange(num_rows)[:, None], positions] = self.sentinels
         result[:, -1] = self.eos_token_id
+        # The sentinels before it move a sentinel on.
+        places = positions + np.arange(self.num_spans)
+        result[np.arange(num_rows)[:, None], places] = self.sentinels
+        # The tokens take the places that are left.
         result[result == empty] = tokens
         return result
 
@@ -451,42 +457,15 @@ def find_sentinels(tokenizer) -> list[int]:
     return [ids[name] for name in names if name in ids]
 
 
-def random_segmentation(draws: np.ndarray, num_segments: int) -> np.ndarray:
-    """Split the tokens of each row into non-empty segments. All ways to do so are equally likely.
+def random_segmentation(num_tokens: int, num_segments: int, rng: np.random.Generator) -> np.ndarray:
+    """Split `num_tokens` tokens into non-empty segments. All ways to do so are equally likely.
 
-    Args:
-        draws: A random number for each gap between two tokens of a row, [rows, gaps] uint64. The
-            gaps with the smallest numbers are cut.
-        num_segments: Number of segments of a row.
-
-    Returns:
-        The lengths of the segments, [rows, num_segments] int64.
+    Returns the lengths of the segments, [num_segments] int64.
     """
-    num_gaps = draws.shape[1]
-    num_cuts = num_segments - 1
-
-    # The lowest bits of a key are the position of its gap: they break ties, and they tell which
-    # gaps have the smallest keys.
-    position_bits = num_gaps.bit_length()
-    keys = (draws << np.uint64(position_bits)) | np.arange(num_gaps, dtype=np.uint64)
-    if num_cuts > 0:
-        keys = np.partition(keys, num_cuts - 1, axis=1)
-    positions = keys[:, :num_cuts] & np.uint64(2**position_bits - 1)
-
-    # Gap 0 follows the first token.
-    cuts = np.sort(positions.astype(np.int64), axis=1) + 1
-    return np.diff(cuts, axis=1, prepend=0, append=num_gaps + 1)
-
-
-def mark_noise(kept_lengths: np.ndarray, noise_lengths: np.ndarray) -> np.ndarray:
-    """Mark the tokens of the noise spans, [rows, length] bool.
-
-    Kept segments and noise spans, whose lengths are [rows, spans] int64, alternate. A kept segment
-    comes first.
-    """
-    lengths = np.stack([kept_lengths, noise_lengths], axis=-1)
-    is_noise = np.tile([False, True], kept_lengths.size)
-    return is_noise.repeat(lengths.ravel()).reshape(len(lengths), -1)
+    # Cut some of the gaps between two tokens. Gap 0 follows the first token.
+    gaps = rng.choice(num_tokens - 1, num_segments - 1, replace=False, shuffle=False)
+    boundaries = np.concatenate([[0], np.sort(gaps) + 1, [num_tokens]])
+    return np.diff(boundaries)
 
 
 def output_head(params, config):
@@ -768,7 +747,24 @@ def make_collator(args, config, tokenizer, max_length: int):
     )
 
 
-def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int, ...]):
+def sequence_generators(seed: tuple[int, ...], numbers: np.ndarray):
+    """Yield a NumPy generator for each sequence, a function of `seed` and its number alone.
+
+    So the noise of a sequence does not depend on the batch, the device or the host that it is on.
+    Philox (Salmon et al., 2011) is a generator whose state is a key, here made from the seed, and a
+    counter of four words, whose last one is set to the number. It is one object that is reset for
+    each sequence, which takes 2 us, where a new one takes 15. So use each before the next.
+    """
+    bit_generator = np.random.Philox(np.random.SeedSequence(seed))
+    rng = np.random.Generator(bit_generator)
+    state = bit_generator.state
+    for number in numbers:
+        state["state"]["counter"][3] = number
+        bit_generator.state = state
+        yield rng
+
+
+def make_batch(sequences, rows, collator, seed: tuple[int, ...], shape: tuple[int, ...]):
     """Collate this process's part of the global batch `rows`.
 
     Args:
@@ -776,21 +772,17 @@ def make_batch(sequences, rows, collator, seed, first_row: int, shape: tuple[int
         rows: Indices of the sequences, [global batch] int64. -1 fills an incomplete batch; its
             labels are ignored.
         collator: Masks the batch and adds labels.
-        seed: Seed of the masks.
-        first_row: Number of rows that precede this batch among the draws of `seed`.
+        seed: Seed of the noise.
         shape: Batch shape on a device, (batch,) or (accumulation steps, batch).
 
     Returns:
         Arrays [local devices, *shape, length] int32.
     """
     local_rows = np.split(rows, jax.process_count())[jax.process_index()]
-    first_row += jax.process_index() * len(local_rows)
-
     index = sequences.starts[local_rows, None] + np.arange(collator.max_length)
     batch = {"input_ids": sequences.input_ids[index]}
-
-    bits = np.random.PCG64(seed).advance(first_row * collator.max_length)
-    batch = collator(batch, np.random.Generator(bits))
+    rngs = sequence_generators(seed, np.maximum(local_rows, 0))
+    batch = collator(batch, rngs)
     batch["labels"][local_rows < 0] = IGNORE
     num_devices = jax.local_device_count()
     return {name: array.reshape(num_devices, *shape, -1) for name, array in batch.items()}
@@ -800,14 +792,14 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
     """Generate the batches of `steps`, each a function of the seed and the number of the step.
 
     An epoch takes the sequences in a random order of its own. The sequences that do not fill its
-    last batch are left out.
+    last batch are left out. The noise of a sequence is a function of the seed, the epoch and its
+    number.
     """
-
     num_rows = len(sequences)
     batch_size = jax.device_count() * math.prod(shape)
 
-    # The seed has a stream for the order of the data, one for training masks (1) and one for
-    # evaluation masks (2).
+    # Each use of the seed has a number: 0 is the order of the data, 1 the noise in training, 2 that
+    # in evaluation.
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, 0, epoch)).permutation(num_rows)
@@ -815,21 +807,21 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
         rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
-        yield make_batch(sequences, rows, collator, (seed, 1, step), 0, shape)
+        yield make_batch(sequences, rows, collator, (seed, 1, epoch), shape)
 
 
 def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
     """Generate batches with every sequence once.
 
-    The masks depend on the seed alone: they are the same in every evaluation and for any number of
-    devices.
+    The noise of a sequence is a function of the seed and its number: it is the same in every
+    evaluation and for any number of devices.
     """
     num_rows = len(sequences)
     batch_size = jax.device_count() * per_device_batch_size
     for start in range(0, num_rows, batch_size):
         rows = np.arange(start, start + batch_size)
         rows[rows >= num_rows] = -1
-        yield make_batch(sequences, rows, collator, (seed, 2), start, (per_device_batch_size,))
+        yield make_batch(sequences, rows, collator, (seed, 2), (per_device_batch_size,))
 
 
 def prefetch(batches, size: int = 2, transform=None):

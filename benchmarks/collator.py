@@ -4,7 +4,7 @@
     python benchmarks/collator.py [--repetitions 1000] [--json FILE]
 
 Beside each collator stands a loop over rows and tokens, as simple as possible. A batch is that of
-one device and has full rows, and each repetition has its own generator, as each batch in training.
+one device and has full rows, and each row has a generator, as in training.
 Rows for run_mlm_flax.py have a special token at both ends. Rows for run_t5_mlm_flax.py have the
 length that gives inputs of the length in the table. Figures are medians. They leave out the copy of
 the tokens that a collator may overwrite.
@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from run_mlm_flax import FlaxDataCollatorForLanguageModeling
+from run_mlm_flax import FlaxDataCollatorForLanguageModeling, sequence_generators
 from run_t5_mlm_flax import FlaxDataCollatorForT5MLM
 
 SHAPES = ((8, 128), (64, 128), (32, 512))
@@ -136,9 +136,9 @@ def make_batch(
     return batch
 
 
-def make_rng(repetition: int) -> np.random.Generator:
-    """Make a generator as training does for a step."""
-    return np.random.Generator(np.random.PCG64((42, 1, repetition)))
+def make_rngs(repetition: int, rows: int):
+    """Make generators as training does for the rows of a batch."""
+    return sequence_generators((42, 1, repetition), np.arange(rows))
 
 
 def median_seconds(prepare, repetitions: int) -> float:
@@ -160,8 +160,7 @@ def measure(rows: int, length: int, repetitions: int, whole_words: bool) -> floa
 
     def prepare(repetition: int):
         examples = {name: array.copy() for name, array in batch.items()}
-        rng = make_rng(repetition)
-        return lambda: collator(examples, rng, group_size=rows)
+        return lambda: collator(examples, make_rngs(repetition, rows), group_size=rows)
 
     seconds = median_seconds(prepare, repetitions)
     return rows * length / seconds
@@ -186,8 +185,7 @@ def measure_t5(rows: int, length: int, repetitions: int) -> tuple[float, float]:
     input_ids = np.random.default_rng(0).integers(3, 32000, shape, dtype=np.int32)
 
     def prepare(repetition: int):
-        rng = make_rng(repetition)
-        return lambda: collator({"input_ids": input_ids}, rng)
+        return lambda: collator({"input_ids": input_ids}, make_rngs(repetition, rows))
 
     def prepare_by_rows(repetition: int):
         rng = np.random.default_rng(repetition)

@@ -57,7 +57,8 @@ def test_masking_hides_spans_of_three(tmp_path):
 
     def draw():
         examples = {"input_ids": input_ids.copy()}
-        return collator(examples, np.random.default_rng(7), group_size=400)
+        rngs = module.sequence_generators((7,), range(400))
+        return collator(examples, rngs, group_size=400)
 
     batch = draw()
     hidden = batch["labels"] != -100

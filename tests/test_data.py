@@ -571,6 +571,45 @@ def flat_labels(batches) -> list[list[int]]:
     return [row.tolist() for batch in batches for row in flatten(batch["labels"])]
 
 
+@pytest.mark.parametrize("per_device", [2, 3])
+def test_masks_of_an_epoch_do_not_depend_on_the_batch_size(tokenizer, numbered, per_device):
+    """A sequence keeps its mask in an epoch if the batch size changes, and so do its neighbors."""
+    sequences, _ = numbered
+    collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, LENGTH, 0.05)
+
+    def masks(per_device: int):
+        steps = range(150 // (DEVICES * per_device))
+        batches = list(mlm.train_batches(sequences, collator, 7, steps, (1, per_device)))
+        rows = [row for batch in batches for row in restore(batch)]
+        labels = flat_labels(batches)
+        return [(row, mask[: len(row)]) for row, mask in zip(rows, labels, strict=True)]
+
+    expected = masks(1)
+    found = masks(per_device)
+    assert len(found) == 144
+    assert found == expected[:144]
+
+
+def test_the_generator_of_a_sequence_depends_on_its_seed_and_number_alone():
+    def draws(seed, numbers):
+        return [rng.random(5).tolist() for rng in mlm.sequence_generators(seed, numbers)]
+
+    expected = draws((42, 1, 0), [0, 1, 2, 3])
+    assert draws((42, 1, 0), [3]) == expected[3:]
+    assert draws((42, 1, 0), [2, 0]) == [expected[2], expected[0]]
+    # A large number of draws from a generator does not run into those of the next number.
+    for rng in mlm.sequence_generators((42, 1, 0), [1]):
+        assert expected[2][0] not in rng.random(100_000)
+    others = draws((42, 1, 1), range(4)) + draws((42, 2), range(4)) + draws((43, 1, 0), range(4))
+    assert len({number for row in expected + others for number in row}) == 5 * 16
+
+    # An independent implementation: a Philox with this key and counter.
+    key = np.random.Philox(np.random.SeedSequence((42, 1, 0))).state["state"]["key"]
+    for number in range(4):
+        bits = np.random.Philox(key=key, counter=[0, 0, 0, number])
+        assert np.random.Generator(bits).random(5).tolist() == expected[number]
+
+
 @pytest.mark.parametrize("per_device", [1, 3, 19, 32])
 def test_evaluation_takes_every_row_once(tokenizer, numbered, per_device):
     sequences, rows = numbered

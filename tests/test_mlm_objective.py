@@ -49,10 +49,6 @@ def tokenizer():
     return make_tokenizer()
 
 
-def generator(seed: int = 0, skip: int = 0):
-    return np.random.Generator(np.random.PCG64(seed).advance(skip))
-
-
 def make_rows(rows: int, length: int, seed: int = 0, low: int = len(SPECIAL)):
     """Rows of [CLS], random words with 2% [UNK], [SEP], and padding of up to a third of the row."""
     rng = np.random.default_rng(seed)
@@ -65,13 +61,18 @@ def make_rows(rows: int, length: int, seed: int = 0, low: int = len(SPECIAL)):
     return input_ids
 
 
-def mask_rows(collator, input_ids, rng, group_size, continues_word=None):
-    """Mask a copy of `input_ids`. Return what the model is shown, and the labels."""
+def mask_rows(collator, input_ids, seed: int, group_size, continues_word=None, first_number=0):
+    """Mask a copy of `input_ids`, sequences that are numbered from `first_number`.
+
+    Return what the model is shown, and the labels.
+    """
+    numbers = range(first_number, first_number + len(input_ids))
+    rngs = mlm.sequence_generators((seed,), numbers)
     attention_mask = (input_ids != PAD).astype(np.int32)
     examples = {"input_ids": input_ids.copy(), "attention_mask": attention_mask}
     if continues_word is not None:
         examples["continues_word"] = continues_word.copy()
-    batch = collator(examples, rng, group_size)
+    batch = collator(examples, rngs, group_size)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"].dtype == batch["labels"].dtype == np.int32
     assert batch["input_ids"].shape == batch["labels"].shape == input_ids.shape
@@ -110,7 +111,7 @@ def test_masking_statistics(tokenizer, probability):
     length = 512
     input_ids = make_rows(2800, length)
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, length, probability)
-    shown, labels = mask_rows(collator, input_ids, generator(1), group_size=8)
+    shown, labels = mask_rows(collator, input_ids, seed=1, group_size=8)
     ordinary = input_ids >= len(SPECIAL)
     predicted = labels != -100
 
@@ -163,7 +164,7 @@ def test_random_tokens_are_uniform_over_the_vocabulary(tokenizer):
     same = 7
     input_ids = np.full((2100, length), same, np.int32)
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, length, 0.9)
-    shown, labels = mask_rows(collator, input_ids, generator(2), group_size=1)
+    shown, labels = mask_rows(collator, input_ids, seed=2, group_size=1)
     assert input_ids.size > 1_000_000
     counts = np.bincount(shown[labels != -100], minlength=VOCAB_SIZE)
     assert len(counts) == VOCAB_SIZE
@@ -178,27 +179,24 @@ def test_no_special_token_is_predicted(tokenizer):
     # Special tokens are not predicted inside a word either.
     continues_word = np.ones(input_ids.shape, np.int8)
     for words in (None, continues_word):
-        _, labels = mask_rows(collator, input_ids, generator(), 4, words)
+        _, labels = mask_rows(collator, input_ids, 0, 4, words)
         assert (labels[input_ids < len(SPECIAL)] == -100).all()
         assert (labels != -100).any()
 
 
-def test_masks_are_a_function_of_the_generator(tokenizer):
+def test_masks_are_a_function_of_the_seed(tokenizer):
     input_ids = make_rows(32, 128)
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, 128)
-    first = mask_rows(collator, input_ids, generator(3), 8)
-    second = mask_rows(collator, input_ids, generator(3), 8)
-    other = mask_rows(collator, input_ids, generator(4), 8)
+    first = mask_rows(collator, input_ids, 3, 8)
+    second = mask_rows(collator, input_ids, 3, 8)
+    other = mask_rows(collator, input_ids, 4, 8)
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
     assert (first[1] != other[1]).any()
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_masks_do_not_depend_on_the_layout(tokenizer, whole_words):
-    """Row r starts at draw r * max_length, so each host masks its own rows alone.
-
-    The padded length makes no difference.
-    """
+    """Each host masks its own rows alone. The padded length makes no difference."""
     rows = 48
     length = 96
     max_length = 128
@@ -207,15 +205,14 @@ def test_masks_do_not_depend_on_the_layout(tokenizer, whole_words):
     if whole_words:
         words = (np.random.default_rng(5).random((rows, length)) < 0.4).astype(np.int8)
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, max_length, 0.15, whole_words)
-    shown, labels = mask_rows(collator, input_ids, generator(6), 8, words)
+    shown, labels = mask_rows(collator, input_ids, 6, 8, words)
     # Every row has labels, so a difference in any row is found.
     assert (labels != -100).any(axis=1).all()
 
     for start in range(0, rows, 16):
         part = slice(start, start + 16)
         words_part = words[part] if whole_words else None
-        rng = generator(6, start * max_length)
-        shown_part, labels_part = mask_rows(collator, input_ids[part], rng, 8, words_part)
+        shown_part, labels_part = mask_rows(collator, input_ids[part], 6, 8, words_part, start)
         assert (shown_part == shown[part]).all()
         assert (labels_part == labels[part]).all()
 
@@ -223,7 +220,7 @@ def test_masks_do_not_depend_on_the_layout(tokenizer, whole_words):
     wider = np.concatenate([input_ids, padding], axis=1)
     if whole_words:
         words = np.concatenate([words, np.ones_like(padding, np.int8)], axis=1)
-    shown_wider, labels_wider = mask_rows(collator, wider, generator(6), 8, words)
+    shown_wider, labels_wider = mask_rows(collator, wider, 6, 8, words)
     assert (shown_wider[:, :length] == shown).all()
     assert (labels_wider[:, :length] == labels).all()
     assert (labels_wider[:, length:] == -100).all()
@@ -250,7 +247,7 @@ def test_whole_words(tokenizer):
     # Some rows start inside a word, as blocks do.
     assert continues_word[:, 0].any()
     collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, length, 0.15, whole_words=True)
-    shown, labels = mask_rows(collator, input_ids, generator(9), 8, continues_word)
+    shown, labels = mask_rows(collator, input_ids, 9, 8, continues_word)
     num_words = 0
     num_predicted = 0
     num_tokens = 0
@@ -298,7 +295,7 @@ def test_a_surplus_is_left_unmasked(tokenizer, whole_words):
 
     def mask(slots: int):
         collator = CollatorWithSlots(tokenizer, length, 0.15, whole_words, slots=slots)
-        return mask_rows(collator, input_ids, generator(12), group_size, words)
+        return mask_rows(collator, input_ids, 12, group_size, words)
 
     all_shown, all_labels = mask(slots=10**6)
     shown, labels = mask(slots)

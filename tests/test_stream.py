@@ -322,8 +322,8 @@ def test_masks_are_those_of_run_mlm_flax(tokenizer):
 
     def mask(module):
         collator = module.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)
-        rng = np.random.Generator(np.random.PCG64(7))
-        return collator({"input_ids": input_ids.copy()}, rng, 8)
+        rngs = module.sequence_generators((7,), range(64))
+        return collator({"input_ids": input_ids.copy()}, rngs, 8)
 
     expected = mask(mlm)
     found = mask(stream)
@@ -358,7 +358,7 @@ def test_evaluation_is_that_of_run_mlm_flax(tokenizer, as_process, monkeypatch, 
 
 
 def test_processes_mask_as_one(tokenizer, as_process, monkeypatch):
-    """A step's masks depend on seed and step. A process has the masks of its rows of the batch."""
+    """A block's masks depend on the seed and its number. A process has the masks of its blocks."""
     blocks = np.random.default_rng(0).integers(5, len(tokenizer), (64, BLOCK), dtype=np.int32)
     collator = stream.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)
 

@@ -68,8 +68,8 @@ IGNORE = -100
 # The class that builds the model from a config or loads it.
 MODEL_CLASS = FlaxAutoModelForCausalLM
 
-# The logits of a batch are computed in this many pieces, one after the other.
-PIECES = 8
+# The logits of a batch are computed in this many chunks, one after the other.
+CHUNKS = 8
 
 # The rotary position embeddings that the Flax classes have built in.
 BUILT_IN_ROPE = {"rope_theta": 10000, "rope_type": "default"}
@@ -308,33 +308,6 @@ class FlaxDataCollatorForCausalLM:
         return {**examples, "labels": examples["input_ids"].copy()}
 
 
-def recompute_blocks():
-    """Make an interceptor that recomputes each block of layers in the backward pass.
-
-    It keeps the input of a block and none of its activations. In Transformers, the modules whose
-    name is a number are the blocks. Few of these models support gradient checkpointing themselves.
-    For `flax.linen.intercept_methods`.
-    """
-    inside = set()
-
-    def interceptor(next_function, args, kwargs, context):
-        path = context.module.path
-        is_block = context.method_name == "__call__" and path and path[-1].isdigit()
-        if not is_block or path in inside:
-            return next_function(*args, **kwargs)
-
-        def call_block(block, hidden_states):
-            return block(hidden_states, *args[1:], **kwargs)
-
-        # The call of the block by nn.remat comes through this interceptor again.
-        inside.add(path)
-        outputs = nn.remat(call_block)(context.module, args[0])
-        inside.remove(path)
-        return outputs
-
-    return interceptor
-
-
 def hide_from_head(base_outputs: dict):
     """Make an interceptor that hides the hidden states of the base model from the head.
 
@@ -379,7 +352,7 @@ def split_at_head(params, batch, model, dropout_rng=None):
     This lets `loss_sums` run the head on a piece of the batch at a time. The step of GPT-2 with 64
     x 512 tokens takes 14.3 GB of temporaries on a core of a TPU v3, and 23.2 GB, which does not
     fit, with all logits and one-hot labels. Where all logits fit, `loss_sums` can call the model
-    itself, and this function and `sum_of_pieces` can go.
+    itself, and this function and `sum_in_chunks` can go.
 
     Args:
         params: Parameters of the model.
@@ -425,41 +398,84 @@ def mode_inputs(model_type: str, batch, is_training: bool) -> dict:
     return {"train": is_training}
 
 
-def sum_of_pieces(function, hidden_states: jax.Array, labels: jax.Array) -> jax.Array:
-    """Sum `function(hidden_states, labels)` over pieces, the leading axis of both arguments.
+def cross_entropy_sums(logits, labels, with_accuracy: bool) -> dict:
+    """Sum the cross-entropy of the tokens with a label other than -100.
 
-    When the sum is differentiated, the gradients of a piece are computed together with its value.
-    So the logits of a piece are neither kept for the backward pass nor computed again there. The
-    step of GPT-2 small with 8 x 512 tokens takes 6.7 GB beside its arguments on a CPU, and 9.4 GB
-    with all logits at once and one-hot labels, in about the same time (benchmarks/clm_memory.py).
+    Args:
+        logits: [tokens, vocabulary].
+        labels: [tokens] int32.
+        with_accuracy: Whether to count the correct predictions.
+
+    Returns:
+        The sums `loss`, `predicted` (the number of predicted tokens) and, if asked for, `accuracy`
+        (the number of correct ones), float32 scalars.
     """
-    # custom_vjp needs what `function` closes over, the parameters of the head, as arguments.
-    function, head_params = jax.closure_convert(function, hidden_states[0], labels[0])
+    logits = logits.astype(jnp.float32)
+    is_predicted = labels != IGNORE
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.where(is_predicted, labels, 0)
+    )
+    sums = {
+        "loss": jnp.where(is_predicted, losses, 0).sum(),
+        "predicted": is_predicted.sum(dtype=jnp.float32),
+    }
+    if with_accuracy:
+        is_correct = is_predicted & (logits.argmax(-1) == labels)
+        sums["accuracy"] = is_correct.sum(dtype=jnp.float32)
+    return sums
+
+
+def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
+    """Sum `sums_of_chunk(hidden_states, labels)` over chunks of the tokens.
+
+    The logits of all tokens never exist at once: there are CHUNKS chunks, one after the other. When
+    the loss is differentiated, the gradients of a chunk are computed together with its value. So
+    its logits are neither kept for the backward pass nor computed again there. With GPT-2 small and
+    8 x 512 tokens, the step takes 6.7 GB beside its arguments on a CPU, and 9.4 GB with all logits
+    at once (benchmarks/clm_memory.py). With two layers of width 128, it takes 0.82 of the time.
+
+    Args:
+        sums_of_chunk: Function that applies the head and returns a dict of sums, float32 scalars.
+            Of these, `loss` alone has gradients.
+        hidden_states: Input of the head, [tokens, width].
+        labels: [tokens] int32.
+
+    Returns:
+        The sums over all tokens.
+    """
+    # Cut the tokens into chunks of equal size. What fills up the last chunk predicts nothing.
+    surplus = -len(labels) % CHUNKS
+    hidden_states = jnp.pad(hidden_states, ((0, surplus), (0, 0)))
+    hidden_states = hidden_states.reshape(CHUNKS, -1, hidden_states.shape[-1])
+    labels = jnp.pad(labels, (0, surplus), constant_values=IGNORE).reshape(CHUNKS, -1)
+    # custom_vjp needs what the function closes over, the parameters of the head, as arguments.
+    sums_of_chunk, head_params = jax.closure_convert(sums_of_chunk, hidden_states[0], labels[0])
 
     @jax.custom_vjp
     def total(head_params, hidden_states, labels):
-        def value_of_piece(piece):
-            return function(*piece, *head_params)
-
-        return jax.lax.map(value_of_piece, (hidden_states, labels)).sum()
+        chunks = (hidden_states, labels)
+        sums = jax.lax.map(lambda chunk: sums_of_chunk(*chunk, *head_params), chunks)
+        return jax.tree.map(jnp.sum, sums)
 
     def forward(head_params, hidden_states, labels):
-        def add_piece(sums, piece):
-            piece_states, piece_labels = piece
+        def add_chunk(params_grads, chunk):
+            chunk_states, chunk_labels = chunk
 
-            def value_of_piece(head_params, piece_states):
-                return function(piece_states, piece_labels, *head_params)
+            def loss_of_chunk(head_params, chunk_states):
+                sums = sums_of_chunk(chunk_states, chunk_labels, *head_params)
+                return sums["loss"], sums
 
-            value_and_grads = jax.value_and_grad(value_of_piece, argnums=(0, 1))
-            value, (params_grads, states_grads) = value_and_grads(head_params, piece_states)
-            return jax.tree.map(jnp.add, sums, (value, params_grads)), states_grads
+            grad_fn = jax.grad(loss_of_chunk, argnums=(0, 1), has_aux=True)
+            (new_grads, states_grads), sums = grad_fn(head_params, chunk_states)
+            return jax.tree.map(jnp.add, params_grads, new_grads), (sums, states_grads)
 
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, head_params))
-        pieces = (hidden_states, labels)
-        (value, params_grads), states_grads = jax.lax.scan(add_piece, zeros, pieces)
-        return value, (params_grads, states_grads)
+        zeros = jax.tree.map(jnp.zeros_like, head_params)
+        chunks = (hidden_states, labels)
+        params_grads, (sums, states_grads) = jax.lax.scan(add_chunk, zeros, chunks)
+        return jax.tree.map(jnp.sum, sums), (params_grads, states_grads)
 
-    def backward(grads, scale):
+    def backward(grads, sums_grads):
+        scale = sums_grads["loss"]
         params_grads, states_grads = jax.tree.map(
             lambda grad: grad * scale.astype(grad.dtype), grads
         )
@@ -470,50 +486,64 @@ def sum_of_pieces(function, hidden_states: jax.Array, labels: jax.Array) -> jax.
     return total(head_params, hidden_states, labels)
 
 
-def loss_sums(params, batch, model, gradient_checkpointing: bool, dropout_rng=None):
+def loss_sums(params, batch, model, dropout_rng=None):
     """Sum the cross-entropy of each token, given those before it.
-
-    The logits never exist all at once: head, loss and their gradients are computed in PIECES.
 
     Args:
         params: Parameters of the model.
         batch: `input_ids`, `attention_mask` and `labels`, [batch, length] int32.
         model: The Flax model.
-        gradient_checkpointing: Whether the backward pass recomputes activations.
         dropout_rng: Key of dropout. Without a key the model evaluates.
 
     Returns:
         The sum, and a dict of the sums that means are computed from: `loss` and `predicted` (the
         number of predicted tokens). All are float32 scalars.
     """
-    recompute = nullcontext()
-    if gradient_checkpointing:
-        recompute = nn.intercept_methods(recompute_blocks())
-    with recompute:
-        hidden_states, head = split_at_head(params, batch, model, dropout_rng)
-
+    hidden_states, head = split_at_head(params, batch, model, dropout_rng)
     # A position predicts the next token. The last position of a sequence predicts nothing.
-    labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE).reshape(-1)
-    num_predicted = (labels != IGNORE).sum(dtype=jnp.float32)
+    labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
 
-    # Cut the positions into pieces of equal size. What fills up the last piece predicts nothing.
-    surplus = -len(labels) % PIECES
-    hidden_states = jnp.pad(hidden_states, ((0, surplus), (0, 0)))
-    hidden_states = hidden_states.reshape(PIECES, -1, hidden_states.shape[-1])
-    labels = jnp.pad(labels, (0, surplus), constant_values=IGNORE).reshape(PIECES, -1)
+    def sums_of_chunk(hidden_states, labels):
+        return cross_entropy_sums(head(hidden_states), labels, with_accuracy=False)
 
-    def loss_of_piece(hidden_states, labels):
-        logits = head(hidden_states).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-        return jnp.where(labels != IGNORE, losses, 0).sum()
+    sums = sum_in_chunks(sums_of_chunk, hidden_states, labels.reshape(-1))
+    return sums["loss"], sums
 
-    loss = sum_of_pieces(loss_of_piece, hidden_states, labels)
-    return loss, {"loss": loss, "predicted": num_predicted}
+
+def recompute_blocks(loss_fn):
+    """Make `loss_fn` recompute each block of layers in the backward pass. This saves memory.
+
+    Of a block, only the input is kept, and none of the activations. In Transformers, the modules
+    whose name is a number are the blocks. An interceptor wraps their calls in `nn.remat`, because
+    few of the Flax classes support gradient checkpointing themselves.
+    """
+
+    def loss_fn_that_recomputes(*args, **kwargs):
+        is_inside_block = False
+
+        def interceptor(next_function, args, kwargs, context):
+            nonlocal is_inside_block
+            path = context.module.path
+            is_block = context.method_name == "__call__" and path and path[-1].isdigit()
+            if not is_block or is_inside_block:
+                return next_function(*args, **kwargs)
+
+            # The call of the block by nn.remat comes through this interceptor again.
+            is_inside_block = True
+            outputs = nn.remat(lambda block: block(*args, **kwargs))(context.module)
+            is_inside_block = False
+            return outputs
+
+        with nn.intercept_methods(interceptor):
+            return loss_fn(*args, **kwargs)
+
+    return loss_fn_that_recomputes
 
 
 def make_loss_fn(args, model, collator):
     """`loss_sums` as a function of (params, batch, dropout_rng)."""
-    return partial(loss_sums, model=model, gradient_checkpointing=args.gradient_checkpointing)
+    loss_fn = partial(loss_sums, model=model)
+    return recompute_blocks(loss_fn) if args.gradient_checkpointing else loss_fn
 
 
 # ---------------------------------------------------------------------------------------

@@ -418,6 +418,33 @@ def keep_only(positions: jax.Array, last_layer: str):
     return interceptor
 
 
+def cross_entropy_sums(logits, labels, with_accuracy: bool) -> dict:
+    """Sum the cross-entropy of the tokens with a label other than -100.
+
+    Args:
+        logits: [tokens, vocabulary].
+        labels: [tokens] int32.
+        with_accuracy: Whether to count the correct predictions.
+
+    Returns:
+        The sums `loss`, `predicted` (the number of predicted tokens) and, if asked for, `accuracy`
+        (the number of correct ones), float32 scalars.
+    """
+    logits = logits.astype(jnp.float32)
+    is_predicted = labels != IGNORE
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.where(is_predicted, labels, 0)
+    )
+    sums = {
+        "loss": jnp.where(is_predicted, losses, 0).sum(),
+        "predicted": is_predicted.sum(dtype=jnp.float32),
+    }
+    if with_accuracy:
+        is_correct = is_predicted & (logits.argmax(-1) == labels)
+        sums["accuracy"] = is_correct.sum(dtype=jnp.float32)
+    return sums
+
+
 def loss_sums(params, batch, model, num_slots, dropout_rng=None):
     """Sum the cross-entropy of the predicted tokens, those with a label other than -100.
 
@@ -442,7 +469,6 @@ def loss_sums(params, batch, model, num_slots, dropout_rng=None):
         labels != IGNORE, size=num_slots(labels.size), fill_value=labels.size
     )
     slot_labels = labels.at[positions].get(mode="fill", fill_value=IGNORE)
-    is_predicted = slot_labels != IGNORE
 
     last_layer = str(model.config.num_hidden_layers - 1)
     options = {"params": params, "dropout_rng": dropout_rng, "train": is_training}
@@ -454,24 +480,44 @@ def loss_sums(params, batch, model, num_slots, dropout_rng=None):
     else:
         # The interceptor did not fit this model, whose head has run on every position.
         logits = logits.reshape(-1, logits.shape[-1])[positions]
-    logits = logits.astype(jnp.float32)
-
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.where(is_predicted, slot_labels, 0)
-    )
-    sums = {
-        "loss": jnp.where(is_predicted, losses, 0).sum(),
-        "predicted": is_predicted.sum(dtype=jnp.float32),
-    }
-    if not is_training:
-        is_correct = is_predicted & (logits.argmax(-1) == slot_labels)
-        sums["accuracy"] = is_correct.sum(dtype=jnp.float32)
+    sums = cross_entropy_sums(logits, slot_labels, with_accuracy=not is_training)
     return sums["loss"], sums
+
+
+def recompute_blocks(loss_fn):
+    """Make `loss_fn` recompute each block of layers in the backward pass. This saves memory.
+
+    Of a block, only the input is kept, and none of the activations. In Transformers, the modules
+    whose name is a number are the blocks. An interceptor wraps their calls in `nn.remat`, because
+    few of the Flax classes support gradient checkpointing themselves.
+    """
+
+    def loss_fn_that_recomputes(*args, **kwargs):
+        is_inside_block = False
+
+        def interceptor(next_function, args, kwargs, context):
+            nonlocal is_inside_block
+            path = context.module.path
+            is_block = context.method_name == "__call__" and path and path[-1].isdigit()
+            if not is_block or is_inside_block:
+                return next_function(*args, **kwargs)
+
+            # The call of the block by nn.remat comes through this interceptor again.
+            is_inside_block = True
+            outputs = nn.remat(lambda block: block(*args, **kwargs))(context.module)
+            is_inside_block = False
+            return outputs
+
+        with nn.intercept_methods(interceptor):
+            return loss_fn(*args, **kwargs)
+
+    return loss_fn_that_recomputes
 
 
 def make_loss_fn(args, model, collator):
     """`loss_sums` as a function of (params, batch, dropout_rng)."""
-    return partial(loss_sums, model=model, num_slots=collator.num_slots)
+    loss_fn = partial(loss_sums, model=model, num_slots=collator.num_slots)
+    return recompute_blocks(loss_fn) if args.gradient_checkpointing else loss_fn
 
 
 def extra_model_inputs(model_type: str, batch, dropout_rng) -> dict:
@@ -967,9 +1013,6 @@ def load_model(args, config):
     dtype = getattr(jnp, args.dtype)
     with input_errors("cannot build a model from the config"):
         model = MODEL_CLASS.from_config(config, dtype=dtype, _do_init=False)
-    if args.gradient_checkpointing:
-        with input_errors(f"--gradient_checkpointing: {type(model).__name__} has none"):
-            model.enable_gradient_checkpointing()
 
     params = {}
     if args.model_name_or_path:

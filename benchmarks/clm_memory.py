@@ -2,7 +2,7 @@
 # ruff: noqa: E402, XLA reads its flags when jax is imported
 """Compare memory and time of the train step of run_clm_flax.py with those of a plain step.
 
-    python benchmarks/clm_memory.py [--seconds 60] [--layers 12] [--pieces 1 8 32] [--xla memory]
+    python benchmarks/clm_memory.py [--seconds 60] [--layers 12] [--chunks 1 8 32] [--xla memory]
         [--json FILE]
 
 The plain step is the textbook's: it computes the logits of all positions, shifts them, and takes
@@ -35,7 +35,6 @@ import random
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +49,6 @@ if "--xla" in sys.argv[:-1]:
     chosen = sys.argv[sys.argv.index("--xla") + 1]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA.get(chosen, '')}".strip()
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,17 +89,15 @@ def plain_step(state, totals, batch, seed, model, checkpointing):
     labels = batch["labels"][0]
 
     def loss_fn(params):
-        recompute = nullcontext()
-        if checkpointing:
-            recompute = nn.intercept_methods(script.recompute_blocks())
-        with recompute:
-            outputs = model(
-                input_ids, attention_mask, params=params, dropout_rng=dropout_rng, train=True
-            )
+        outputs = model(
+            input_ids, attention_mask, params=params, dropout_rng=dropout_rng, train=True
+        )
         logits = outputs.logits[:, :-1]
         one_hot = jax.nn.one_hot(labels[:, 1:], logits.shape[-1])
         return optax.softmax_cross_entropy(logits.astype(jnp.float32), one_hot).mean()
 
+    if checkpointing:
+        loss_fn = script.recompute_blocks(loss_fn)
     loss_and_grads = jax.value_and_grad(loss_fn)(state.params)
     loss, grads = jax.lax.pmean(loss_and_grads, "batch")
     totals = {**totals, "loss": loss, "predicted": jnp.float32(1)}
@@ -121,15 +117,17 @@ def make_step(args, model, schedule, plain: bool, checkpointing: bool):
     """Make the plain or the script's step, as a function of state, totals and batch."""
     if plain:
         return partial(plain_step, model=model, checkpointing=checkpointing, seed=args.seed)
-    loss_fn = partial(script.loss_sums, model=model, gradient_checkpointing=checkpointing)
+    loss_fn = partial(script.loss_sums, model=model)
+    if checkpointing:
+        loss_fn = script.recompute_blocks(loss_fn)
     return partial(script.train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed)
 
 
 def planned_temporaries(
-    layers: int, plain: bool, checkpointing: bool, pieces: int = script.PIECES
+    layers: int, plain: bool, checkpointing: bool, chunks: int = script.CHUNKS
 ) -> float:
     """Compile a step and return the planned memory beside its arguments, in GB."""
-    script.PIECES = pieces
+    script.CHUNKS = chunks
     args, _, model, schedule = make_model(n_layer=layers)
     optimizer = script.make_optimizer(args, schedule)
 
@@ -215,18 +213,18 @@ def time_steps(seconds: float) -> dict:
     }
 
 
-def report_temporaries(layers: int, all_pieces: list[int]) -> dict[str, float]:
+def report_temporaries(layers: int, all_chunks: list[int]) -> dict[str, float]:
     """Print the memory of each step, in GB and as a fraction of that of the plain step."""
     model = f"GPT-2, {layers} layers, batch {ROWS} x {LENGTH}"
     print(f"temporaries of the compiled step: {model}, jax {jax.__version__}")
     figures = {}
     plain = None
     for checkpointing in (False, True):
-        for pieces in (None, *all_pieces):
-            name = f"script, {pieces} pieces" if pieces else "plain"
+        for chunks in (None, *all_chunks):
+            name = f"script, {chunks} chunks" if chunks else "plain"
             if checkpointing:
                 name += ", --gradient_checkpointing"
-            found = planned_temporaries(layers, not pieces, checkpointing, pieces or script.PIECES)
+            found = planned_temporaries(layers, not chunks, checkpointing, chunks or script.CHUNKS)
             # The first row is the plain step.
             plain = plain or found
             figures[name] = found
@@ -257,7 +255,7 @@ def main():
         "--layers", type=int, default=12, help="of the model whose memory is planned; 0: none"
     )
     parser.add_argument(
-        "--pieces", type=int, nargs="+", default=[script.PIECES], help="values of PIECES to compare"
+        "--chunks", type=int, nargs="+", default=[script.CHUNKS], help="values of CHUNKS to compare"
     )
     parser.add_argument("--xla", choices=XLA, default="memory", help="how XLA compiles, see above")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -270,7 +268,7 @@ def main():
         "temporaries": {},
     }
     if args.layers:
-        figures["temporaries"] = report_temporaries(args.layers, args.pieces)
+        figures["temporaries"] = report_temporaries(args.layers, args.chunks)
     if args.seconds:
         figures["time"] = report_time(args.seconds)
     if args.json:

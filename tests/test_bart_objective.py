@@ -755,7 +755,7 @@ def test_reference_files_are_refused(tmp_path, split):
 
 # --------------------------------------------------------------------------------------------- loss
 
-# A prime that no other size has. The 90 positions of a batch are not a multiple of the pieces.
+# A prime that no other size has. The 90 positions of a batch are not a multiple of the chunks.
 VOCAB_SIZE = 101
 LENGTH = 30
 BATCH = 3
@@ -859,12 +859,12 @@ def programs(tied: bool):
         loss_and_sums, grads = jax.value_and_grad(train_loss_of_chosen, has_aux=True)(chosen)
         return loss_and_sums, grads, eval_loss(unflatten_dict(all_params | chosen))
 
-    def in_pieces(chosen):
+    def in_chunks(chosen):
         def train_loss(params):
-            return bart.loss_sums(params, batch, model, False, key)
+            return bart.loss_sums(params, batch, model, key)
 
         def eval_loss(params):
-            return bart.loss_sums(params, batch, model, False)[1]
+            return bart.loss_sums(params, batch, model)[1]
 
         return run(train_loss, eval_loss, chosen)
 
@@ -877,13 +877,13 @@ def programs(tied: bool):
 
         return run(train_loss, eval_loss, chosen)
 
-    return chosen, compiled(in_pieces, chosen), compiled(full, chosen)
+    return chosen, compiled(in_chunks, chosen), compiled(full, chosen)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_equal_the_full_computation(tied):
-    params, in_pieces, full = programs(tied)
-    (loss, sums), grads, eval_sums = in_pieces(params)
+    params, in_chunks, full = programs(tied)
+    (loss, sums), grads, eval_sums = in_chunks(params)
     (expected, (predicted, _)), expected_grads, (expected_eval, (_, num_right)) = full(params)
     assert set(sums) == {"loss", "predicted"}
     assert loss == sums["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -902,7 +902,7 @@ def test_loss_of_mbart_equals_the_full_computation():
     batch = make_batch()
 
     def both(params):
-        _, sums = bart.loss_sums(params, batch, model, False)
+        _, sums = bart.loss_sums(params, batch, model)
         return sums, full_loss(params, batch, model)
 
     sums, (expected, (predicted, num_right)) = compiled(both, params)(params)
@@ -924,12 +924,12 @@ def test_the_logits_of_a_batch_never_exist_at_once():
 
     An array of the full computation has it, so the search can fail.
     """
-    _, in_pieces, full = programs(True)
+    _, in_chunks, full = programs(True)
     shapes = (f"[{BATCH},{LENGTH},{VOCAB_SIZE}]", f"[{BATCH * LENGTH},{VOCAB_SIZE}]")
     assert any(shape in full.as_text() for shape in shapes)
-    assert not any(shape in in_pieces.as_text() for shape in shapes)
-    piece = math.ceil(BATCH * LENGTH / bart.PIECES)
-    assert f"[{piece},{VOCAB_SIZE}]" in in_pieces.as_text()
+    assert not any(shape in in_chunks.as_text() for shape in shapes)
+    chunk = math.ceil(BATCH * LENGTH / bart.CHUNKS)
+    assert f"[{chunk},{VOCAB_SIZE}]" in in_chunks.as_text()
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -940,7 +940,8 @@ def test_gradient_checkpointing_changes_no_gradient():
     key = dropout_key()
 
     def checkpointed_loss(params):
-        return bart.loss_sums(unflatten_dict(params), batch, model, True, key)
+        loss_fn = bart.recompute_blocks(bart.loss_sums)
+        return loss_fn(unflatten_dict(params), batch, model, key)
 
     grads, sums = compiled(jax.grad(checkpointed_loss, has_aux=True), params)(params)
     (loss, _), expected_grads, _ = plain(params)
@@ -955,7 +956,8 @@ def count_saved_values(family: str, checkpointing: bool, layers: int) -> int:
     key = dropout_key()
 
     def loss(params):
-        return bart.loss_sums(params, batch, model, checkpointing, key)[0]
+        loss_fn = bart.recompute_blocks(bart.loss_sums) if checkpointing else bart.loss_sums
+        return loss_fn(params, batch, model, key)[0]
 
     backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
     shapes = [x.shape for x in jax.tree.leaves(backward)]
@@ -988,7 +990,7 @@ def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
 
     def states_and_loss(params):
         outputs = model(**model_inputs(batch), params=params, output_hidden_states=True)
-        return outputs.decoder_hidden_states[-1], bart.loss_sums(params, batch, model, False)
+        return outputs.decoder_hidden_states[-1], bart.loss_sums(params, batch, model)
 
     states, (loss, sums) = compiled(states_and_loss, params)(params)
     assert states.dtype == dtype

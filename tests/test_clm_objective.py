@@ -198,13 +198,16 @@ def test_every_family_is_tested():
 def check_loss_and_gradients(model, params, checkpointing: tuple[bool, ...]):
     """Compare with the full computation.
 
-    One row fills up a partial batch. No number of pieces divides the length.
+    One row fills up a partial batch. No number of chunks divides the length.
     """
     batch = make_batch(length=29, without=1)
     full = jax.value_and_grad(full_loss, has_aux=True)
     (expected, predicted), expected_grads = full(params, batch, model)
-    in_pieces = jax.value_and_grad(clm.loss_sums, has_aux=True)
-    results = [in_pieces(params, batch, model, remat, KEY) for remat in checkpointing]
+    results = []
+    for recomputes in checkpointing:
+        loss_fn = clm.recompute_blocks(clm.loss_sums) if recomputes else clm.loss_sums
+        in_chunks = jax.value_and_grad(loss_fn, has_aux=True)
+        results.append(in_chunks(params, batch, model, KEY))
     assert predicted == (batch["labels"][:, 1:] != -100).sum()
     expected_grads = flatten_dict(expected_grads)
     largest = max(float(jnp.abs(x).max()) for x in expected_grads.values())
@@ -258,16 +261,16 @@ def shapes_with_vocabulary(jaxpr):
                 yield shape
 
 
-def test_logits_exist_in_pieces_only(model_and_params):
+def test_logits_exist_in_chunks_only(model_and_params):
     model, params = model_and_params
     batch = make_batch(rows=4)
     of_parameters = {x.shape for x in jax.tree.leaves(params)}
     of_parameters |= {shape[::-1] for shape in of_parameters}
     grad = jax.grad(clm.loss_sums, has_aux=True)
-    program = jax.make_jaxpr(grad, static_argnums=(2, 3))(params, batch, model, False, KEY)
+    program = jax.make_jaxpr(grad, static_argnums=2)(params, batch, model, KEY)
     found = set(shapes_with_vocabulary(program.jaxpr))
     sizes = {math.prod(shape) // VOCAB_SIZE for shape in found - of_parameters}
-    assert max(sizes) == 4 * LENGTH // clm.PIECES, found
+    assert max(sizes) == 4 * LENGTH // clm.CHUNKS, found
 
 
 # ------------------------------------------------------------------------------------------- blocks

@@ -63,8 +63,8 @@ def train_step_of(script, module, dtype: str, config):
     model, params = module.load_model(args, config)
     options = {
         "roberta": {"num_slots": lambda num_tokens: num_tokens},
-        "gpt2": {"gradient_checkpointing": False},
-        "bart": {"gradient_checkpointing": False},
+        "gpt2": {},
+        "bart": {},
         "t5": {},
     }[script.model_type]
     loss_fn = partial(module.loss_sums, model=model, **options)

@@ -400,6 +400,12 @@ FAMILIES = {
     "xlm-roberta": ENCODER,
 }
 
+# The dropout of each family is on in some tests.
+DROPOUT = {}
+for family, settings in FAMILIES.items():
+    names = [name for name in settings if "drop" in name]
+    DROPOUT[family] = dict.fromkeys(names, 0.1)
+
 
 def make_model(family: str, **settings):
     """A tiny model, and parameters that all have an effect.
@@ -477,11 +483,9 @@ def test_every_family_is_tested():
     assert set(FAMILIES) == {config.model_type for config in FLAX_MODEL_FOR_MASKED_LM_MAPPING}
 
 
-@pytest.mark.parametrize("family", [*sorted(FAMILIES), "bert, checkpointed"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_loss_and_gradients_equal_the_full_computation(family):
-    model, params = make_model(family.partition(",")[0])
-    if family.endswith("checkpointed"):
-        model.enable_gradient_checkpointing()
+    model, params = make_model(family)
     # Dropout is zero, so the key is used and changes nothing.
     key = jax.random.key(0, impl="rbg")
     fast = jax.value_and_grad(masked_loss, has_aux=True)
@@ -504,6 +508,50 @@ def test_loss_and_gradients_equal_the_full_computation(family):
             np.testing.assert_allclose(
                 grads[path], value, rtol=1e-5, atol=1e-6 * largest, err_msg=f"{name} {path}"
             )
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_gradient_checkpointing_changes_no_gradient(family):
+    """Recomputation draws the same dropout masks. Other masks would give other gradients."""
+    model, params = make_model(family, **DROPOUT[family])
+    _, batch = next(head_batches())
+
+    def gradients(loss_fn):
+        def loss(params, seed):
+            return loss_fn(params, batch, model, jax.random.key(seed, impl="rbg"))[0]
+
+        return jax.jit(jax.grad(loss))
+
+    plain = gradients(masked_loss)
+    expected = flatten_dict(plain(params, 0))
+    found = flatten_dict(gradients(mlm.recompute_blocks(masked_loss))(params, 0))
+    others = flatten_dict(plain(params, 1))
+    largest = max(float(jnp.abs(value).max()) for value in expected.values())
+    changes = [float(jnp.abs(others[path] - value).max()) for path, value in expected.items()]
+    assert max(changes) > 1e-3 * largest
+    for path, value in expected.items():
+        np.testing.assert_allclose(
+            found[path], value, rtol=1e-5, atol=1e-6 * largest, err_msg=str(path)
+        )
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_gradient_checkpointing_keeps_less(family):
+    """Of a layer, the input is kept, and not the many arrays of its activations."""
+    model, params = make_model(family, **DROPOUT[family])
+    _, batch = next(head_batches())
+    key = jax.random.key(0, impl="rbg")
+
+    def num_saved(loss_fn) -> int:
+        def loss(params):
+            return loss_fn(params, batch, model, key)[0]
+
+        backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+        shapes = [x.shape for x in jax.tree.leaves(backward)]
+        # Parameters do not have the batch's size on their first axis.
+        return sum(math.prod(shape) for shape in shapes if shape[:1] == (BATCH,))
+
+    assert num_saved(mlm.recompute_blocks(masked_loss)) < 0.3 * num_saved(masked_loss)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -335,10 +335,12 @@ FAMILIES = {
 }
 
 
-def make_model(family: str):
+def make_model(family: str, **settings):
     """A tiny model, and parameters that all have an effect."""
     t5.restore_clip_argument()
-    config = CONFIG_MAPPING[family.partition(",")[0]](vocab_size=VOCAB, **FAMILIES[family])
+    config = CONFIG_MAPPING[family.partition(",")[0]](
+        vocab_size=VOCAB, **FAMILIES[family] | settings
+    )
     model = FlaxAutoModelForSeq2SeqLM.from_config(config, _do_init=False)
     rng = np.random.default_rng(0)
     params = {}
@@ -443,6 +445,31 @@ def test_loss_is_the_mean_over_the_targets(family):
     assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(family):
+    """Recomputation draws the same dropout masks. Other masks would give other gradients."""
+    _, model, params = make_model(family, dropout_rate=0.1)
+    batch = model_batch()
+
+    def gradients(loss_fn):
+        def loss(params, seed):
+            return loss_fn(params, batch, model, jax.random.key(seed, impl=t5.DROPOUT_PRNG))[0]
+
+        return jax.jit(jax.grad(loss))
+
+    plain = gradients(t5.loss_sums)
+    expected = flatten_dict(plain(params, 0))
+    found = flatten_dict(gradients(t5.recompute_blocks(t5.loss_sums))(params, 0))
+    others = flatten_dict(plain(params, 1))
+    largest = max(float(jnp.abs(value).max()) for value in expected.values())
+    changes = [float(jnp.abs(others[path] - value).max()) for path, value in expected.items()]
+    assert max(changes) > 1e-3 * largest
+    for path, value in expected.items():
+        np.testing.assert_allclose(
+            found[path], value, rtol=1e-4, atol=1e-5 * largest, err_msg=str(path)
+        )
+
+
 def test_logits_are_never_whole():
     """No array of the compiled gradients has a value for each token and each id.
 
@@ -462,10 +489,10 @@ def test_logits_are_never_whole():
         if VOCAB in axes:
             sizes.add(math.prod(axes))
     num_tokens = batch["labels"].size
-    piece = math.ceil(num_tokens / t5.PIECES)
-    assert piece * VOCAB in sizes
-    # The number of tokens may be padded to a multiple of the piece.
-    num_tokens_or_more = range(num_tokens - num_tokens % piece, num_tokens + piece)
+    chunk = math.ceil(num_tokens / t5.CHUNKS)
+    assert chunk * VOCAB in sizes
+    # The number of tokens may be padded to a multiple of the chunk.
+    num_tokens_or_more = range(num_tokens - num_tokens % chunk, num_tokens + chunk)
     assert not sizes & {count * VOCAB for count in num_tokens_or_more}
 
 

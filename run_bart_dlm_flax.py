@@ -1136,29 +1136,25 @@ def load_model(args, config):
 def load_pretrained_params(args, config, model) -> dict:
     """Load the parameters of --model_name_or_path, float32, by their paths.
 
-    Those that its files lack are left out. Transformers reads PyTorch files into an initialized
-    model only, so it gets one whose parameters are NaN. What is still NaN was not in the files.
+    Those that its files lack are left out.
     """
     name = args.model_name_or_path
 
-    class UninitializedModel(type(model)):
-        def init_weights(self, *_):
-            return jax.tree.map(
-                lambda leaf: np.broadcast_to(np.float32("nan"), leaf.shape), model.params_shape_tree
-            )
+    class ModelOfShapes(type(model)):
+        # Transformers reads PyTorch files into the parameters of a model. It needs their shapes
+        # alone, so none are initialized.
+        params = property(lambda self: self.params_shape_tree)
 
     problem = f"{name}: cannot load a model of type {config.model_type} that fits its config"
     with input_errors(problem):
-        pretrained = UninitializedModel.from_pretrained(
-            name, config=config, dtype=getattr(jnp, args.dtype), **args.hub_options
+        pretrained, params = ModelOfShapes.from_pretrained(
+            name, config=config, dtype=model.dtype, _do_init=False, **args.hub_options
         )
     model.generation_config = pretrained.generation_config
-    loaded = flatten_dict(pretrained.to_fp32(pretrained.params))
-    params = {path: np.asarray(array) for path, array in loaded.items()}
-    params = {path: array for path, array in params.items() if not np.isnan(array).all()}
+    params = flatten_dict(pretrained.to_fp32(params))
     if not params:
         raise InputError(f"{problem}: no weight matches")
-    return params
+    return {path: np.asarray(array) for path, array in params.items()}
 
 
 def make_schedule(args, num_steps: int):

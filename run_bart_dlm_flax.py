@@ -36,7 +36,6 @@ import signal
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -164,7 +163,9 @@ class DataTrainingArguments:
         default=None, help="Configuration of the dataset, such as its language."
     )
     train_file: str | None = HfArg(
-        default=None, help="File of training text: .txt, .json, .jsonl, .csv or .parquet."
+        default=None,
+        help="File of training text: .txt, .json, .jsonl, .csv or .parquet. A line of a .txt file "
+        "is a document.",
     )
     validation_file: str | None = HfArg(
         default=None, help="File of evaluation text, in one of the same formats."
@@ -195,7 +196,7 @@ class DataTrainingArguments:
     language: str = HfArg(
         default="en",
         help="Language code of the text, by which sentencex finds its sentences. An unknown code "
-        "counts as en.",
+        "counts as en. It does not set the language of an mBART tokenizer.",
     )
     max_train_samples: int | None = HfArg(
         default=None, help="Train on at most this many sequences."
@@ -841,14 +842,11 @@ def encode(batch, tokenizer, language: str):
     marked = [mark_sentences(text, language, tokenizer.pad_token) for text in texts]
     input_ids = tokenizer(marked, return_attention_mask=False, verbose=False)["input_ids"]
 
-    eos_token_id = tokenizer.eos_token_id
-    bos_token_id = tokenizer.bos_token_id
-    if bos_token_id is None:
-        bos_token_id = eos_token_id
-    # mBART's tokenizer adds the language after eos.
-    adds_special_tokens = eos_token_id in input_ids[0][-2:]
-    if not adds_special_tokens:
-        input_ids = [[bos_token_id, *ids, eos_token_id] for ids in input_ids]
+    # Most tokenizers end a text with eos, that of mBART with eos and the language.
+    eos = tokenizer.eos_token_id
+    if eos not in input_ids[0][-2:]:
+        bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        input_ids = [[bos, *ids, eos] for ids in input_ids]
     return {"input_ids": input_ids}
 
 
@@ -1018,12 +1016,8 @@ def load_config_and_tokenizer(args):
 
     Returns config, tokenizer and length. Raises InputError if they do not fit.
     """
-    config_args = args
+    config = load_config(args)
     name = args.config_name or args.model_name_or_path
-    if name and args.model_type == "bart":
-        # This is the default and no choice of the user. The config may be mBART's.
-        config_args = Namespace(**{**vars(args), "model_type": None})
-    config = load_config(config_args)
     if config.model_type not in MODEL_TYPES:
         raise InputError(f"{name}: type {config.model_type} is neither bart nor mbart")
     if config.encoder_layerdrop or config.decoder_layerdrop:
@@ -1076,7 +1070,8 @@ def load_config(args):
         return transformers.CONFIG_MAPPING[args.model_type]()
     with input_errors(f"{name}: cannot load its config"):
         config = AutoConfig.from_pretrained(name, **args.hub_options)
-    if args.model_type not in (None, config.model_type):
+    # "bart" is the default and no choice of the user. The config may be mBART's.
+    if args.model_type not in ("bart", config.model_type):
         raise InputError(f"--model_type {args.model_type}: {name} is of type {config.model_type}")
     return config
 

@@ -5,8 +5,8 @@ The objective is BART's (Lewis et al., 2019, https://arxiv.org/abs/1910.13461). 
 document are shuffled, and then spans of text, 30% of the tokens in all, are replaced by one mask
 token each. The model restores the original text.
 
-    python run_bart_dlm_flax.py --output_dir=out --config_name=bart --tokenizer_name=bart \
-        --train_file=corpus.txt
+    python run_bart_dlm_flax.py --output_dir=out --train_file=corpus.txt \
+        --config_name=./my-bart --tokenizer_name=./my-bart
 """
 
 # /// script
@@ -75,6 +75,15 @@ MODEL_TYPES = ("bart", "mbart")
 
 # The logits of a batch are computed in this many chunks, one after the other.
 CHUNKS = 8
+
+# Each use of the seed has random numbers of its own: the order of the data, the noise in training,
+# and that in evaluation.
+ORDER_STREAM = 0
+TRAINING_STREAM = 1
+EVALUATION_STREAM = 2
+
+# The sums that `loss_sums` returns in training. `train_step` adds them up.
+TRAINING_SUMS = ("loss", "predicted")
 
 # Generator of the dropout masks. "rbg" is the fastest on TPUs. Its bits depend on the key and the
 # kind of device alone, so a resumed run draws the same masks.
@@ -330,9 +339,9 @@ class FlaxDataCollatorForBartDenoisingLM:
        between special tokens, one text of the data. One that a block cuts is shuffled within the
        block.
     2. Text infilling: spans of text become one mask token each, until a fraction `mlm_probability`
-       of a row's text is hidden. Lengths are Poisson draws with mean `poisson_lambda`. A span of
-       length 0 inserts a mask token, as long as the row has room for it. A span that reaches into
-       the next document is shown by a mask token in each.
+       of a row's text is masked. Lengths are Poisson draws with mean `poisson_lambda`. An empty
+       span, of length 0, inserts a mask token, as long as the row has room for it. A span that
+       reaches into the next document is shown by a mask token in each.
     """
 
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -347,7 +356,7 @@ class FlaxDataCollatorForBartDenoisingLM:
         tokenizer = self.tokenizer
         text_ids = {tokenizer.unk_token_id, tokenizer.mask_token_id}
         special_ids = list(set(tokenizer.all_special_ids) - text_ids)
-        self.is_text = np.isin(np.arange(len(tokenizer)), special_ids, invert=True)
+        self.is_text_id = np.isin(np.arange(len(tokenizer)), special_ids, invert=True)
         self.pad_token_id = tokenizer.pad_token_id
         self.mask_token_id = tokenizer.mask_token_id
         self.length_cdf = positive_poisson_cdf(self.poisson_lambda, self.max_length)
@@ -358,19 +367,20 @@ class FlaxDataCollatorForBartDenoisingLM:
         Args:
             examples: `input_ids`, [rows, length] int32, the original text, and `starts_sentence`,
                 [rows, length] bool, which marks first tokens of sentences. A document and a row
-                begin a sentence with or without a mark.
+                begin a sentence with or without a mark. Rows may end with padding. The blocks of
+                this script have none.
             rngs: Yields a NumPy generator for each row.
 
         Returns:
             `input_ids`, the noised text that the encoder reads, `attention_mask`, `labels`, the
-            original text, and `decoder_input_ids`, the original text one position later, all
-            [rows, length] int32.
+            original text, and `decoder_input_ids`, the original text shifted right, after
+            `decoder_start_token_id`, all [rows, length] int32.
         """
         input_ids = examples["input_ids"]
         is_padding = input_ids == self.pad_token_id
-        is_text = self.is_text[input_ids]
-        # A document starts where text follows special tokens. The special tokens between two
-        # documents count as a document of one sentence, which stays in its place.
+        is_text = self.is_text_id[input_ids]
+        # A document is a run of text. A run of special tokens counts as a document of one sentence,
+        # so that it stays in its place.
         starts_document = np.diff(is_text, axis=1, prepend=~is_text[:, :1])
         starts_sentence = starts_document | (is_text & examples["starts_sentence"])
 
@@ -380,9 +390,15 @@ class FlaxDataCollatorForBartDenoisingLM:
                 input_ids[row], starts_document[row], starts_sentence[row], rng
             )
             # Special tokens have not moved and sentences are in the same documents as before. So
-            # the marks describe the permuted text, too.
-            shown = self.infill(permuted, is_padding[row], is_text[row], starts_document[row], rng)
-            noised[row, : len(shown)] = shown
+            # the other arrays describe the permuted text, too.
+            noised_row = self.infill(
+                permuted,
+                is_padding=is_padding[row],
+                is_text=is_text[row],
+                starts_document=starts_document[row],
+                rng=rng,
+            )
+            noised[row, : len(noised_row)] = noised_row
 
         decoder_input_ids = np.roll(input_ids, 1, axis=1)
         decoder_input_ids[:, 0] = self.decoder_start_token_id
@@ -402,11 +418,12 @@ class FlaxDataCollatorForBartDenoisingLM:
     ) -> np.ndarray:
         """Shuffle the sentences of each document. All arguments and the result are [length]."""
         sentence_of_token = starts_sentence.cumsum() - 1
-        documents = starts_document.cumsum()[starts_sentence]
+        document_of_sentence = starts_document.cumsum()[starts_sentence]
         # Sentences that are sorted by document and a random number are shuffled within documents.
-        sort_keys = documents + rng.random(len(documents))
+        sort_keys = document_of_sentence + rng.random(len(document_of_sentence))
         if self.permute_sentence_ratio < 1:
-            sort_keys = shuffle_some(sort_keys, documents, self.permute_sentence_ratio)
+            ratio = self.permute_sentence_ratio
+            sort_keys = shuffle_some(sort_keys, document_of_sentence, ratio)
         return tokens[np.argsort(sort_keys[sentence_of_token], kind="stable")]
 
     def infill(
@@ -419,43 +436,44 @@ class FlaxDataCollatorForBartDenoisingLM:
     ) -> np.ndarray:
         """Replace spans by mask tokens, insert others, and leave out the padding.
 
-        All arrays are of one row, [length]. The result is not longer.
+        All arrays are of one row, [length]. The result has at most `length` tokens.
         """
-        text = np.flatnonzero(is_text)
-        num_hidden = round(self.mlm_probability * len(text))
-        num_kept = len(text) - num_hidden
-        lengths, num_empty = self.draw_span_lengths(num_hidden, rng)
+        text_positions = np.flatnonzero(is_text)
+        num_masked = round(self.mlm_probability * len(text_positions))
+        num_kept = len(text_positions) - num_masked
+        lengths, num_empty = self.draw_span_lengths(num_masked, rng)
 
         # The kept tokens have a gap before each of them and one after the last. Each span goes into
-        # one of them, all equally likely. Before a hidden token are the kept tokens before its gap
-        # and the tokens hidden before it.
+        # a gap, all equally likely; several may share one. So the text before the masked token k is
+        # the kept tokens before its gap, and k masked tokens.
         gaps = np.sort(random_integers(num_kept + 1, len(lengths), rng))
-        hidden = text[gaps.repeat(lengths) + np.arange(num_hidden)]
+        masked_positions = text_positions[gaps.repeat(lengths) + np.arange(num_masked)]
 
-        # A mask token stands before the first token of a span, and of a document in it.
-        needs_mask = starts_document[hidden]
+        # A mask token goes before the first token of a span, and of a document in it.
+        needs_mask = starts_document[masked_positions]
         needs_mask[lengths.cumsum() - lengths] = True
-        masks = hidden[needs_mask]
+        mask_positions = masked_positions[needs_mask]
 
-        # A mask token for a span of length 0 stands before a kept token, all equally likely.
+        # For an empty span, one goes before a kept token, all equally likely, as long as the row
+        # has room.
         if num_kept > 0:
             is_kept = is_text.copy()
-            is_kept[hidden] = False
-            kept = np.flatnonzero(is_kept)
-            room = np.count_nonzero(is_padding) + num_hidden - len(masks)
+            is_kept[masked_positions] = False
+            kept_positions = np.flatnonzero(is_kept)
+            room = np.count_nonzero(is_padding) + num_masked - len(mask_positions)
             chosen = random_integers(num_kept, min(num_empty, room), rng)
-            masks = np.concatenate([masks, kept[chosen]])
+            mask_positions = np.concatenate([mask_positions, kept_positions[chosen]])
 
         left_out = -1
         noised = np.where(is_padding, left_out, tokens)
-        noised[hidden] = left_out
-        noised = np.insert(noised, masks, self.mask_token_id)
+        noised[masked_positions] = left_out
+        noised = np.insert(noised, mask_positions, self.mask_token_id)
         return noised[noised != left_out]
 
     def draw_span_lengths(self, total: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """Draw Poisson lengths until they sum to `total`. The last one is cut to fit.
 
-        Returns the lengths above 0, in random order, and the number of lengths of 0.
+        Returns the lengths above 0, [spans] int64, in random order, and the number of empty spans.
         """
         if total == 0:
             return np.zeros(0, int), 0
@@ -466,8 +484,9 @@ class FlaxDataCollatorForBartDenoisingLM:
         lengths = lengths[:num_spans]
         lengths[-1] -= ends[num_spans - 1] - total
 
-        # Zeros come up with probability exp(-lambda) until there are enough lengths above 0.
-        num_empty = rng.negative_binomial(num_spans, -math.expm1(-self.poisson_lambda))
+        # Each draw is above 0 with this probability, and there are draws until enough are.
+        chance_above_0 = -math.expm1(-self.poisson_lambda)
+        num_empty = rng.negative_binomial(num_spans, chance_above_0)
         return rng.permutation(lengths), num_empty
 
 
@@ -477,7 +496,10 @@ def random_integers(limit: int, count: int, rng: np.random.Generator) -> np.ndar
 
 
 def positive_poisson_cdf(poisson_lambda: float, max_length: int) -> np.ndarray:
-    """P(length <= n | length > 0) of a Poisson distribution, for n from 1 to `max_length`."""
+    """P(length <= n | length > 0) of a Poisson distribution, for n from 1 to `max_length`.
+
+    [max_length] float64.
+    """
     # P(n) = exp(-lambda) * lambda**n / n!, a running product of lambda / n.
     factors = poisson_lambda / np.arange(1, max_length + 1)
     probabilities = np.exp(np.cumsum(np.log(factors)) - poisson_lambda)
@@ -490,7 +512,7 @@ def shuffle_some(sort_keys: np.ndarray, documents: np.ndarray, ratio: float) -> 
     Args:
         sort_keys: Sort keys that shuffle all sentences within documents, [sentences].
         documents: Number of the document of each sentence, ascending, [sentences].
-        ratio: The fraction. The number of sentences that change places is rounded up.
+        ratio: The fraction. Of n sentences, ceil(ratio * n) are chosen and shuffled.
 
     Returns:
         The place of each sentence, which is a sort key, [sentences] int64.
@@ -501,7 +523,7 @@ def shuffle_some(sort_keys: np.ndarray, documents: np.ndarray, ratio: float) -> 
     rank = np.arange(len(documents)) - documents.searchsorted(documents)
     chosen = np.argsort(sort_keys)[rank < ratio * num_sentences - 1e-9]
 
-    # They are in random order, and so they take the places that they had together.
+    # Put them, in this random order, into the places that they had together.
     places = np.arange(len(documents))
     places[chosen] = np.sort(chosen)
     return places
@@ -664,7 +686,7 @@ def recompute_blocks(loss_fn):
     few of the Flax classes support gradient checkpointing themselves.
     """
 
-    def loss_fn_that_recomputes(*args, **kwargs):
+    def loss_fn_that_recomputes(*loss_args, **loss_kwargs):
         is_inside_block = False
 
         def interceptor(next_function, args, kwargs, context):
@@ -681,7 +703,7 @@ def recompute_blocks(loss_fn):
             return outputs
 
         with nn.intercept_methods(interceptor):
-            return loss_fn(*args, **kwargs)
+            return loss_fn(*loss_args, **loss_kwargs)
 
     return loss_fn_that_recomputes
 
@@ -795,7 +817,7 @@ def select_text(dataset, column_name: str | None, source: str):
 
 
 def hold_out_validation(args, splits: dict):
-    """Return train and validation. Without a validation split, train is split in two.
+    """Return train and validation. Without a validation split, the first texts of train become one.
 
     The split does not depend on --do_eval, so that --do_train alone sees the same training set.
     """
@@ -896,7 +918,10 @@ def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what:
 
 
 def read_tokens(encoded, column: str) -> np.ndarray:
-    """Concatenate the lists of a column, read in bulk from its Arrow chunks."""
+    """Concatenate the lists of a column, read in bulk from its Arrow chunks.
+
+    `encoded` is the result of `map`: one of `filter` or `select` would have its rows elsewhere.
+    """
     chunks = encoded.data.column(column).chunks
     return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
 
@@ -934,10 +959,10 @@ def make_batch(sequences, rows, collator, seed: tuple[int, ...], shape: tuple[in
     """Collate this process's part of the global batch `rows`.
 
     Args:
-        sequences: The tokenized sequences.
+        sequences: The tokenized sequences, all of `collator.max_length` tokens.
         rows: Indices of the sequences, [global batch] int64. -1 fills an incomplete batch; its
             labels are ignored.
-        collator: Masks the batch and adds labels.
+        collator: Adds the noise and the labels.
         seed: Seed of the noise.
         shape: Batch shape on a device, (batch,) or (accumulation steps, batch).
 
@@ -967,16 +992,14 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
     num_rows = len(sequences)
     batch_size = jax.device_count() * math.prod(shape)
 
-    # Each use of the seed has a number: 0 is the order of the data, 1 the noise in training, 2 that
-    # in evaluation.
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, 0, epoch)).permutation(num_rows)
+        return np.random.default_rng((seed, ORDER_STREAM, epoch)).permutation(num_rows)
 
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
         rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
-        yield make_batch(sequences, rows, collator, (seed, 1, epoch), shape)
+        yield make_batch(sequences, rows, collator, (seed, TRAINING_STREAM, epoch), shape)
 
 
 def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
@@ -990,7 +1013,9 @@ def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
     for start in range(0, num_rows, batch_size):
         rows = np.arange(start, start + batch_size)
         rows[rows >= num_rows] = -1
-        yield make_batch(sequences, rows, collator, (seed, 2), (per_device_batch_size,))
+        yield make_batch(
+            sequences, rows, collator, (seed, EVALUATION_STREAM), (per_device_batch_size,)
+        )
 
 
 def prefetch(batches, size: int = 2, transform=None):
@@ -1088,7 +1113,7 @@ def load_tokenizer(args):
 def enlarge_vocabulary(args, config, tokenizer) -> None:
     """Make the embedding table as large as the tokenizer. Raises InputError if it is pretrained.
 
-    JAX reports no token id beyond the table.
+    JAX does not report token ids outside the table.
     """
     if len(tokenizer) <= config.vocab_size:
         return
@@ -1135,9 +1160,9 @@ def load_pretrained_params(args, config, model) -> dict:
     """
     name = args.model_name_or_path
 
+    # Transformers 4.57 reads PyTorch files into a model, of whose parameters it uses the shapes. So
+    # this model has shapes for parameters, and initializes none.
     class ModelOfShapes(type(model)):
-        # Transformers reads PyTorch files into the parameters of a model. It needs their shapes
-        # alone, so none are initialized.
         params = property(lambda self: self.params_shape_tree)
 
     problem = f"{name}: cannot load a model of type {config.model_type} that fits its config"
@@ -1153,7 +1178,11 @@ def load_pretrained_params(args, config, model) -> dict:
 
 
 def make_schedule(args, num_steps: int):
-    """Linear warm-up, then --lr_scheduler_type. A function from the step to the learning rate."""
+    """Linear warm-up, then --lr_scheduler_type.
+
+    Returns a function from the step, counted from 0, to the learning rate. `num_steps` is 0 if
+    there is no training.
+    """
     peak = args.learning_rate
     warmup = args.warmup_steps
     decay_steps = max(1, num_steps - warmup)
@@ -1163,11 +1192,15 @@ def make_schedule(args, num_steps: int):
         decay = optax.cosine_decay_schedule(peak, decay_steps)
     elif args.lr_scheduler_type == "constant":
         decay = optax.constant_schedule(peak)
-    else:
+    elif args.lr_scheduler_type == "inverse_sqrt":
+        # Without a warm-up the time scale is 10,000 steps.
+        time_scale = warmup or 10_000
 
-        def decay(step):
-            # Without a warm-up the time scale is 10,000 steps.
-            return peak / jnp.sqrt(1 + step / (warmup or 10_000))
+        def decay(steps_after_warmup):
+            return peak / jnp.sqrt(1 + steps_after_warmup / time_scale)
+
+    else:
+        raise InputError(f"--lr_scheduler_type {args.lr_scheduler_type}: no such schedule")
 
     if not warmup:
         return decay
@@ -1182,6 +1215,7 @@ def make_optimizer(args, schedule):
             lambda path, leaf: leaf.ndim > 1 and "bias" not in path[-1].key, params
         )
 
+    # AdamW multiplies its weight decay by the learning rate. Adafactor does not.
     def scheduled_weight_decay(step):
         return args.weight_decay * schedule(step)
 
@@ -1252,8 +1286,8 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
     Args:
         state: The TrainState.
         totals: Sums since the last log line, float32 scalars: `loss`, `predicted` and `tokens`.
-            Beside them `grad_norm`, also summed, by which a gradient that is not finite is
-            noticed, and `learning_rate` of the last step.
+            `tokens` counts what `attention_mask` marks. Beside them `grad_norm`, also summed, which
+            is there to notice gradients that are not finite, and `learning_rate` of the last step.
         batch: Arrays [accumulation steps, batch, length] int32.
         loss_fn: `loss_sums` as a function of (params, batch, dropout_rng).
         schedule: Function from the step to the learning rate.
@@ -1269,13 +1303,14 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
     def micro_step(grads_and_sums, inputs):
         micro_batch, index = inputs
         dropout_rng = jax.random.fold_in(rng, index)
+        # This changes gradients only, so the evaluation does without it.
         with nn.intercept_methods(embed_in_float32):
             grad_fn = jax.grad(loss_fn, has_aux=True)
             new_grads_and_sums = grad_fn(state.params, micro_batch, dropout_rng=dropout_rng)
         return jax.tree.map(jnp.add, grads_and_sums, new_grads_and_sums), None
 
     # The gradients and the sums that `loss_fn` returns in training.
-    zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": 0.0, "predicted": 0.0}))
+    zeros = jax.tree.map(jnp.zeros_like, (state.params, dict.fromkeys(TRAINING_SUMS, 0.0)))
     num_micro_steps = len(batch["labels"])
     (grads, sums), _ = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(num_micro_steps)))
     sums["tokens"] = batch["attention_mask"].sum(dtype=jnp.float32)
@@ -1290,7 +1325,7 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
 
 def zero_totals():
     """The totals of `train_step` before the first step, on all devices."""
-    names = ("loss", "predicted", "tokens", "grad_norm", "learning_rate")
+    names = (*TRAINING_SUMS, "tokens", "grad_norm", "learning_rate")
     return replicate({name: np.float32(0) for name in names})
 
 
@@ -1395,7 +1430,8 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
 def parse_args(argv: list[str]):
     """Read all settings from the command line, or from the one .json file that it names.
 
-    Raises InputError.
+    Returns one namespace with the fields of the three dataclasses, and `hub_options`, the arguments
+    of every `from_pretrained`. Raises InputError.
     """
     if len(argv) == 1 and argv[0].endswith(".json"):
         with input_errors(f"{argv[0]}: cannot read a JSON object"):
@@ -1632,8 +1668,9 @@ def leaf_name(path) -> str:
 def write_checkpoint(checkpoints: Path, state, step: int, settings: dict) -> None:
     """Write the folder checkpoints/STEP, which gets its name when it is complete.
 
-    It holds `state.safetensors`, the leaves of `state` by `leaf_name`, and `run.json`, the settings
-    and the SHA-256 of both.
+    It holds `state.safetensors`, the leaves of `state` by `leaf_name`, and `run.json`, the step,
+    the settings, the versions of the libraries, and the SHA-256 of both. Batches and dropout are
+    functions of the seed and the step, so nothing else is needed to resume.
     """
     temporary = checkpoints / f"{step}.tmp"
     temporary.mkdir()
@@ -1777,6 +1814,7 @@ def restore(checkpoints: list[Path], state, settings: dict):
         try:
             run = read_run(checkpoint)
             for name, value in settings.items():
+                # An older checkpoint may lack a setting.
                 found = run["settings"].get(name, value)
                 if found != value:
                     raise InputError(f"{checkpoint}: its {name} is {found}, here {value}")
@@ -1815,8 +1853,10 @@ class Saver:
     def clean_up(self, args, first_step: int) -> None:
         """Delete what an interrupted run left, and the checkpoints that this run replaces."""
         shutil.rmtree(self.temporary, ignore_errors=True)
-        starts_over = args.overwrite_output_dir and args.resume_from_checkpoint is None
-        if starts_over and self.checkpoints.exists():
+        source = args.resume_from_checkpoint
+        source_path = Path(source or self.output_dir).absolute()
+        keeps_own = source is not None and source_path.is_relative_to(self.output_dir.absolute())
+        if args.overwrite_output_dir and not keeps_own and self.checkpoints.exists():
             # One rename removes them all at once.
             shutil.rmtree(self.checkpoints.rename(self.temporary))
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -1937,7 +1977,7 @@ def publish(args, config, upload) -> None:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C. They end the process, and from the start of training on they stop it."""
+    """SIGTERM and Ctrl-C: before training they end the process, later they stop it after a step."""
 
     def __init__(self):
         self.received = 0  # number of the signal
@@ -2098,7 +2138,8 @@ def main(argv: list[str] | None = None) -> None:
             donate_argnums=0,
         )
         p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
-        # The Saver comes first: its folder marks the output directory as that of a run.
+        # The Saver makes the folder of checkpoints before TensorBoard writes its file. A run is not
+        # started again in a folder that has files but no checkpoints.
         saver = None
         if args.do_train and writes:
             saver = Saver(args, model, tokenizer, settings, steps.start, upload)

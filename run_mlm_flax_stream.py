@@ -5,8 +5,8 @@ The objective is BERT's (Devlin et al., 2018, https://arxiv.org/abs/1810.04805).
 tokenized and shuffled while the model trains, and none of it is stored, so it may be larger than
 the disk.
 
-    python run_mlm_flax_stream.py --output_dir=out --config_name=roberta --tokenizer_name=roberta \
-        --dataset_name=corpus
+    python run_mlm_flax_stream.py --output_dir=out --dataset_name=corpus \
+        --config_name=./my-roberta --tokenizer_name=./my-roberta
 """
 
 # /// script
@@ -84,6 +84,15 @@ NOT_OF_A_STREAM = {
 
 # Texts that are read and tokenized at a time.
 TEXTS_AT_A_TIME = 64
+
+# Each use of the seed has random numbers of its own: the order of the data, the noise in training,
+# and that in evaluation.
+ORDER_STREAM = 0
+TRAINING_STREAM = 1
+EVALUATION_STREAM = 2
+
+# The sums that `loss_sums` returns in training. `train_step` adds them up.
+TRAINING_SUMS = ("loss", "predicted")
 
 # Generator of the dropout masks. "rbg" is the fastest on TPUs. Its bits depend on the key and the
 # kind of device alone, so a resumed run draws the same masks.
@@ -360,7 +369,8 @@ class FlaxDataCollatorForLanguageModeling:
     def drop_surplus(self, positions: np.ndarray, draws: np.ndarray, num_tokens: int):
         """Keep at most `num_slots` positions in each forward pass over `num_tokens` tokens.
 
-        Those with the smallest `draws`, [tokens], stay.
+        Those with the smallest `draws`, [tokens], stay. This alone depends on which sequences are
+        in a batch together, in one of ten thousand passes.
         """
         slots = self.num_slots(num_tokens)
         kept = []
@@ -376,8 +386,9 @@ class FlaxDataCollatorForLanguageModeling:
     def replace(self, tokens: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """What is shown in place of `tokens`: 80% mask token, 10% a random token, 10% unchanged.
 
-        `draws` are uniform in [0, 1).
+        `draws` are uniform in [0, 1), and both arrays are [predicted].
         """
+        # A draw from 0.8 to 0.9 is scaled to a token id.
         vocab_size = len(self.is_special)
         random_tokens = ((draws - 0.8) / 0.1 * vocab_size).astype(np.int32)
         # Rounding must not lead beyond the vocabulary.
@@ -387,13 +398,14 @@ class FlaxDataCollatorForLanguageModeling:
 
 
 def keep_only(positions: jax.Array, last_layer: str):
-    """Make an interceptor that keeps the hidden states of `positions` only, [1, positions, width].
+    """Make an interceptor that keeps the hidden states of `positions` only.
 
+    `positions`, [slots] int32, count through the batch. The hidden states become [1, slots, width].
     After the last attention, positions no longer interact. So the rest of the last layer and the
     head are not needed where nothing is predicted. This makes the whole step 1.5 to 2 times as fast
     (benchmarks/mlm_step.py). The cut is made before the output projection of the last attention,
-    or, in a model whose modules have other names, such as ALBERT, after its base model. For
-    `flax.linen.intercept_methods`.
+    or, in a model whose modules have other names, such as ALBERT, after its base model. Make
+    one for each call of the model, for `flax.linen.intercept_methods`.
     """
     is_cut = False
 
@@ -492,7 +504,7 @@ def recompute_blocks(loss_fn):
     few of the Flax classes support gradient checkpointing themselves.
     """
 
-    def loss_fn_that_recomputes(*args, **kwargs):
+    def loss_fn_that_recomputes(*loss_args, **loss_kwargs):
         is_inside_block = False
 
         def interceptor(next_function, args, kwargs, context):
@@ -509,7 +521,7 @@ def recompute_blocks(loss_fn):
             return outputs
 
         with nn.intercept_methods(interceptor):
-            return loss_fn(*args, **kwargs)
+            return loss_fn(*loss_args, **loss_kwargs)
 
     return loss_fn_that_recomputes
 
@@ -801,7 +813,7 @@ def shuffle(blocks, size: int, seed: int):
         while window := list(islice(epoch_blocks, size)):
             start, _ = window[0]
             first_block = start["seen"] + start["used"]
-            rng = np.random.default_rng((seed, 0, epoch, first_block))
+            rng = np.random.default_rng((seed, ORDER_STREAM, epoch, first_block))
             for offset, index in enumerate(rng.permutation(len(window)), 1):
                 yield start | {"offset": offset}, window[index][1]
 
@@ -888,9 +900,7 @@ def train_batches(blocks, collator, seed: int, steps: range, shape, progress: St
             positions, rows = zip(*islice(blocks, local_size), strict=True)
             progress.position_after[step + 1] = positions[-1]
             numbers = step * batch_size + local_rows
-            # Each use of the seed has a number: 0 is the order of the data, 1 the noise in
-            # training, 2 that in evaluation.
-            yield make_batch(np.stack(rows), numbers, collator, (seed, 1), shape)
+            yield make_batch(np.stack(rows), numbers, collator, (seed, TRAINING_STREAM), shape)
     except InputError as error:
         progress.error = error
 
@@ -906,10 +916,10 @@ def eval_batches(blocks, collator, seed: int, per_device_batch_size: int):
     shape = (per_device_batch_size,)
     for start in range(0, num_rows, jax.process_count() * local_size):
         rows = start + jax.process_index() * local_size + np.arange(local_size)
-        batch = make_batch(blocks[rows % num_rows], rows, collator, (seed, 2), shape)
-        # Rows beyond the last fill the batch and get no labels.
-        batch["labels"].reshape(local_size, -1)[rows >= num_rows] = IGNORE
-        yield batch
+        batch_blocks = blocks[rows % num_rows]
+        # Mask tokens are special, so nothing is predicted in rows that fill the batch.
+        batch_blocks[rows >= num_rows] = collator.tokenizer.mask_token_id
+        yield make_batch(batch_blocks, rows, collator, (seed, EVALUATION_STREAM), shape)
 
 
 def prefetch(batches, size: int = 2, transform=None):
@@ -990,7 +1000,7 @@ def load_tokenizer(args):
 def enlarge_vocabulary(args, config, tokenizer) -> None:
     """Make the embedding table as large as the tokenizer. Raises InputError if it is pretrained.
 
-    JAX reports no token id beyond the table.
+    JAX does not report token ids outside the table.
     """
     if len(tokenizer) <= config.vocab_size:
         return
@@ -1037,9 +1047,9 @@ def load_pretrained_params(args, config, model) -> dict:
     """
     name = args.model_name_or_path
 
+    # Transformers 4.57 reads PyTorch files into a model, of whose parameters it uses the shapes. So
+    # this model has shapes for parameters, and initializes none.
     class ModelOfShapes(type(model)):
-        # Transformers reads PyTorch files into the parameters of a model. It needs their shapes
-        # alone, so none are initialized.
         params = property(lambda self: self.params_shape_tree)
 
     problem = f"{name}: cannot load a model of type {config.model_type} that fits its config"
@@ -1055,7 +1065,11 @@ def load_pretrained_params(args, config, model) -> dict:
 
 
 def make_schedule(args, num_steps: int):
-    """Linear warm-up, then --lr_scheduler_type. A function from the step to the learning rate."""
+    """Linear warm-up, then --lr_scheduler_type.
+
+    Returns a function from the step, counted from 0, to the learning rate. `num_steps` is 0 if
+    there is no training.
+    """
     peak = args.learning_rate
     warmup = args.warmup_steps
     decay_steps = max(1, num_steps - warmup)
@@ -1065,11 +1079,15 @@ def make_schedule(args, num_steps: int):
         decay = optax.cosine_decay_schedule(peak, decay_steps)
     elif args.lr_scheduler_type == "constant":
         decay = optax.constant_schedule(peak)
-    else:
+    elif args.lr_scheduler_type == "inverse_sqrt":
+        # Without a warm-up the time scale is 10,000 steps.
+        time_scale = warmup or 10_000
 
-        def decay(step):
-            # Without a warm-up the time scale is 10,000 steps.
-            return peak / jnp.sqrt(1 + step / (warmup or 10_000))
+        def decay(steps_after_warmup):
+            return peak / jnp.sqrt(1 + steps_after_warmup / time_scale)
+
+    else:
+        raise InputError(f"--lr_scheduler_type {args.lr_scheduler_type}: no such schedule")
 
     if not warmup:
         return decay
@@ -1084,6 +1102,7 @@ def make_optimizer(args, schedule):
             lambda path, leaf: leaf.ndim > 1 and "bias" not in path[-1].key, params
         )
 
+    # AdamW multiplies its weight decay by the learning rate. Adafactor does not.
     def scheduled_weight_decay(step):
         return args.weight_decay * schedule(step)
 
@@ -1141,8 +1160,8 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
     Args:
         state: The TrainState.
         totals: Sums since the last log line, float32 scalars: `loss`, `predicted` and `tokens`.
-            Beside them `grad_norm`, also summed, by which a gradient that is not finite is
-            noticed, and `learning_rate` of the last step.
+            `tokens` counts what `attention_mask` marks. Beside them `grad_norm`, also summed, which
+            is there to notice gradients that are not finite, and `learning_rate` of the last step.
         batch: Arrays [accumulation steps, batch, length] int32.
         loss_fn: `loss_sums` as a function of (params, batch, dropout_rng).
         schedule: Function from the step to the learning rate.
@@ -1158,13 +1177,14 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
     def micro_step(grads_and_sums, inputs):
         micro_batch, index = inputs
         dropout_rng = jax.random.fold_in(rng, index)
+        # This changes gradients only, so the evaluation does without it.
         with nn.intercept_methods(embed_in_float32):
             grad_fn = jax.grad(loss_fn, has_aux=True)
             new_grads_and_sums = grad_fn(state.params, micro_batch, dropout_rng=dropout_rng)
         return jax.tree.map(jnp.add, grads_and_sums, new_grads_and_sums), None
 
     # The gradients and the sums that `loss_fn` returns in training.
-    zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": 0.0, "predicted": 0.0}))
+    zeros = jax.tree.map(jnp.zeros_like, (state.params, dict.fromkeys(TRAINING_SUMS, 0.0)))
     num_micro_steps = len(batch["labels"])
     (grads, sums), _ = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(num_micro_steps)))
     sums["tokens"] = batch["attention_mask"].sum(dtype=jnp.float32)
@@ -1179,7 +1199,7 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
 
 def zero_totals():
     """The totals of `train_step` before the first step, on all devices."""
-    names = ("loss", "predicted", "tokens", "grad_norm", "learning_rate")
+    names = (*TRAINING_SUMS, "tokens", "grad_norm", "learning_rate")
     return replicate({name: np.float32(0) for name in names})
 
 
@@ -1294,7 +1314,8 @@ def train(
 def parse_args(argv: list[str]):
     """Read all settings from the command line, or from the one .json file that it names.
 
-    Raises InputError.
+    Returns one namespace with the fields of the three dataclasses, and `hub_options`, the arguments
+    of every `from_pretrained`. Raises InputError.
     """
     if len(argv) == 1 and argv[0].endswith(".json"):
         with input_errors(f"{argv[0]}: cannot read a JSON object"):
@@ -1534,8 +1555,9 @@ def leaf_name(path) -> str:
 def write_checkpoint(checkpoints: Path, state, step: int, settings: dict) -> None:
     """Write the folder checkpoints/STEP, which gets its name when it is complete.
 
-    It holds `state.safetensors`, the leaves of `state` by `leaf_name`, and `run.json`, the settings
-    and the SHA-256 of both.
+    It holds `state.safetensors`, the leaves of `state` by `leaf_name`, and `run.json`, the step,
+    the settings, the versions of the libraries, and the SHA-256 of both. Batches and dropout are
+    functions of the seed and the step, so nothing else is needed to resume.
     """
     temporary = checkpoints / f"{step}.tmp"
     temporary.mkdir()
@@ -1691,6 +1713,7 @@ def restore(checkpoints: list[Path], state, settings: dict):
         try:
             run = read_run(checkpoint)
             for name, value in settings.items():
+                # An older checkpoint may lack a setting.
                 found = run["settings"].get(name, value)
                 if found != value:
                     raise InputError(f"{checkpoint}: its {name} is {found}, here {value}")
@@ -1738,8 +1761,10 @@ class Saver:
     def clean_up(self, args, first_step: int) -> None:
         """Delete what an interrupted run left, and the checkpoints that this run replaces."""
         shutil.rmtree(self.temporary, ignore_errors=True)
-        starts_over = args.overwrite_output_dir and args.resume_from_checkpoint is None
-        if starts_over and self.checkpoints.exists():
+        source = args.resume_from_checkpoint
+        source_path = Path(source or self.output_dir).absolute()
+        keeps_own = source is not None and source_path.is_relative_to(self.output_dir.absolute())
+        if args.overwrite_output_dir and not keeps_own and self.checkpoints.exists():
             # One rename removes them all at once.
             shutil.rmtree(self.checkpoints.rename(self.temporary))
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -1860,7 +1885,7 @@ def publish(args, config, upload) -> None:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C. They end the process, and from the start of training on they stop it."""
+    """SIGTERM and Ctrl-C: before training they end the process, later they stop it after a step."""
 
     def __init__(self):
         self.received = 0  # number of the signal
@@ -2026,7 +2051,8 @@ def main(argv: list[str] | None = None) -> None:
         p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
         if args.do_train:
             blocks = training_blocks(args, train_stream, position, batch_size, held_out)
-        # The Saver comes first: its folder marks the output directory as that of a run.
+        # The Saver makes the folder of checkpoints before TensorBoard writes its file. A run is not
+        # started again in a folder that has files but no checkpoints.
         saver = None
         if args.do_train and writes:
             saver = Saver(args, model, tokenizer, settings, steps.start, upload)

@@ -79,6 +79,15 @@ FAMILIES = ("longt5", "mt5", "t5")
 # The logits of a batch are computed in this many chunks, one after the other.
 CHUNKS = 8
 
+# Each use of the seed has random numbers of its own: the order of the data, the noise in training,
+# and that in evaluation.
+ORDER_STREAM = 0
+TRAINING_STREAM = 1
+EVALUATION_STREAM = 2
+
+# The sums that `loss_sums` returns in training. `train_step` adds them up.
+TRAINING_SUMS = ("loss", "predicted")
+
 # Generator of the dropout masks. "rbg" is the fastest on TPUs. Its bits depend on the key and the
 # kind of device alone, so a resumed run draws the same masks.
 DROPOUT_PRNG = "rbg"
@@ -625,7 +634,7 @@ def recompute_blocks(loss_fn):
     few of the Flax classes support gradient checkpointing themselves.
     """
 
-    def loss_fn_that_recomputes(*args, **kwargs):
+    def loss_fn_that_recomputes(*loss_args, **loss_kwargs):
         is_inside_block = False
 
         def interceptor(next_function, args, kwargs, context):
@@ -642,7 +651,7 @@ def recompute_blocks(loss_fn):
             return outputs
 
         with nn.intercept_methods(interceptor):
-            return loss_fn(*args, **kwargs)
+            return loss_fn(*loss_args, **loss_kwargs)
 
     return loss_fn_that_recomputes
 
@@ -754,7 +763,7 @@ def select_text(dataset, column_name: str | None, source: str):
 
 
 def hold_out_validation(args, splits: dict):
-    """Return train and validation. Without a validation split, train is split in two.
+    """Return train and validation. Without a validation split, the first texts of train become one.
 
     The split does not depend on --do_eval, so that --do_train alone sees the same training set.
     """
@@ -822,7 +831,10 @@ def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what:
 
 
 def read_tokens(encoded, column: str) -> np.ndarray:
-    """Concatenate the lists of a column, read in bulk from its Arrow chunks."""
+    """Concatenate the lists of a column, read in bulk from its Arrow chunks.
+
+    `encoded` is the result of `map`: one of `filter` or `select` would have its rows elsewhere.
+    """
     chunks = encoded.data.column(column).chunks
     return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
 
@@ -859,7 +871,7 @@ def make_batch(sequences, rows, collator, seed: tuple[int, ...], shape: tuple[in
     """Collate this process's part of the global batch `rows`.
 
     Args:
-        sequences: The tokenized sequences.
+        sequences: The tokenized sequences, all of `collator.max_length` tokens.
         rows: Indices of the sequences, [global batch] int64. -1 fills an incomplete batch; its
             labels are ignored.
         collator: Masks the batch and adds labels.
@@ -889,16 +901,14 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
     num_rows = len(sequences)
     batch_size = jax.device_count() * math.prod(shape)
 
-    # Each use of the seed has a number: 0 is the order of the data, 1 the noise in training, 2 that
-    # in evaluation.
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, 0, epoch)).permutation(num_rows)
+        return np.random.default_rng((seed, ORDER_STREAM, epoch)).permutation(num_rows)
 
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
         rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
-        yield make_batch(sequences, rows, collator, (seed, 1, epoch), shape)
+        yield make_batch(sequences, rows, collator, (seed, TRAINING_STREAM, epoch), shape)
 
 
 def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
@@ -912,7 +922,9 @@ def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
     for start in range(0, num_rows, batch_size):
         rows = np.arange(start, start + batch_size)
         rows[rows >= num_rows] = -1
-        yield make_batch(sequences, rows, collator, (seed, 2), (per_device_batch_size,))
+        yield make_batch(
+            sequences, rows, collator, (seed, EVALUATION_STREAM), (per_device_batch_size,)
+        )
 
 
 def prefetch(batches, size: int = 2, transform=None):
@@ -1016,7 +1028,7 @@ def load_tokenizer(args):
 def enlarge_vocabulary(args, config, tokenizer) -> None:
     """Make the embedding table as large as the tokenizer. Raises InputError if it is pretrained.
 
-    JAX reports no token id beyond the table.
+    JAX does not report token ids outside the table.
     """
     if len(tokenizer) <= config.vocab_size:
         return
@@ -1063,9 +1075,9 @@ def load_pretrained_params(args, config, model) -> dict:
     """
     name = args.model_name_or_path
 
+    # Transformers 4.57 reads PyTorch files into a model, of whose parameters it uses the shapes. So
+    # this model has shapes for parameters, and initializes none.
     class ModelOfShapes(type(model)):
-        # Transformers reads PyTorch files into the parameters of a model. It needs their shapes
-        # alone, so none are initialized.
         params = property(lambda self: self.params_shape_tree)
 
     problem = f"{name}: cannot load a model of type {config.model_type} that fits its config"
@@ -1081,7 +1093,11 @@ def load_pretrained_params(args, config, model) -> dict:
 
 
 def make_schedule(args, num_steps: int):
-    """Linear warm-up, then --lr_scheduler_type. A function from the step to the learning rate."""
+    """Linear warm-up, then --lr_scheduler_type.
+
+    Returns a function from the step, counted from 0, to the learning rate. `num_steps` is 0 if
+    there is no training.
+    """
     peak = args.learning_rate
     warmup = args.warmup_steps
     decay_steps = max(1, num_steps - warmup)
@@ -1091,11 +1107,15 @@ def make_schedule(args, num_steps: int):
         decay = optax.cosine_decay_schedule(peak, decay_steps)
     elif args.lr_scheduler_type == "constant":
         decay = optax.constant_schedule(peak)
-    else:
+    elif args.lr_scheduler_type == "inverse_sqrt":
+        # Without a warm-up the time scale is 10,000 steps.
+        time_scale = warmup or 10_000
 
-        def decay(step):
-            # Without a warm-up the time scale is 10,000 steps.
-            return peak / jnp.sqrt(1 + step / (warmup or 10_000))
+        def decay(steps_after_warmup):
+            return peak / jnp.sqrt(1 + steps_after_warmup / time_scale)
+
+    else:
+        raise InputError(f"--lr_scheduler_type {args.lr_scheduler_type}: no such schedule")
 
     if not warmup:
         return decay
@@ -1110,6 +1130,7 @@ def make_optimizer(args, schedule):
             lambda path, leaf: leaf.ndim > 1 and "bias" not in path[-1].key, params
         )
 
+    # AdamW multiplies its weight decay by the learning rate. Adafactor does not.
     def scheduled_weight_decay(step):
         return args.weight_decay * schedule(step)
 
@@ -1180,8 +1201,8 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
     Args:
         state: The TrainState.
         totals: Sums since the last log line, float32 scalars: `loss`, `predicted` and `tokens`.
-            Beside them `grad_norm`, also summed, by which a gradient that is not finite is
-            noticed, and `learning_rate` of the last step.
+            `tokens` counts what `attention_mask` marks. Beside them `grad_norm`, also summed, which
+            is there to notice gradients that are not finite, and `learning_rate` of the last step.
         batch: Arrays [accumulation steps, batch, length] int32.
         loss_fn: `loss_sums` as a function of (params, batch, dropout_rng).
         schedule: Function from the step to the learning rate.
@@ -1197,13 +1218,14 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
     def micro_step(grads_and_sums, inputs):
         micro_batch, index = inputs
         dropout_rng = jax.random.fold_in(rng, index)
+        # This changes gradients only, so the evaluation does without it.
         with nn.intercept_methods(embed_in_float32):
             grad_fn = jax.grad(loss_fn, has_aux=True)
             new_grads_and_sums = grad_fn(state.params, micro_batch, dropout_rng=dropout_rng)
         return jax.tree.map(jnp.add, grads_and_sums, new_grads_and_sums), None
 
     # The gradients and the sums that `loss_fn` returns in training.
-    zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": 0.0, "predicted": 0.0}))
+    zeros = jax.tree.map(jnp.zeros_like, (state.params, dict.fromkeys(TRAINING_SUMS, 0.0)))
     num_micro_steps = len(batch["labels"])
     (grads, sums), _ = jax.lax.scan(micro_step, zeros, (batch, jnp.arange(num_micro_steps)))
     sums["tokens"] = batch["attention_mask"].sum(dtype=jnp.float32)
@@ -1218,7 +1240,7 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
 
 def zero_totals():
     """The totals of `train_step` before the first step, on all devices."""
-    names = ("loss", "predicted", "tokens", "grad_norm", "learning_rate")
+    names = (*TRAINING_SUMS, "tokens", "grad_norm", "learning_rate")
     return replicate({name: np.float32(0) for name in names})
 
 
@@ -1323,7 +1345,8 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
 def parse_args(argv: list[str]):
     """Read all settings from the command line, or from the one .json file that it names.
 
-    Raises InputError.
+    Returns one namespace with the fields of the three dataclasses, and `hub_options`, the arguments
+    of every `from_pretrained`. Raises InputError.
     """
     if len(argv) == 1 and argv[0].endswith(".json"):
         with input_errors(f"{argv[0]}: cannot read a JSON object"):
@@ -1560,8 +1583,9 @@ def leaf_name(path) -> str:
 def write_checkpoint(checkpoints: Path, state, step: int, settings: dict) -> None:
     """Write the folder checkpoints/STEP, which gets its name when it is complete.
 
-    It holds `state.safetensors`, the leaves of `state` by `leaf_name`, and `run.json`, the settings
-    and the SHA-256 of both.
+    It holds `state.safetensors`, the leaves of `state` by `leaf_name`, and `run.json`, the step,
+    the settings, the versions of the libraries, and the SHA-256 of both. Batches and dropout are
+    functions of the seed and the step, so nothing else is needed to resume.
     """
     temporary = checkpoints / f"{step}.tmp"
     temporary.mkdir()
@@ -1705,6 +1729,7 @@ def restore(checkpoints: list[Path], state, settings: dict):
         try:
             run = read_run(checkpoint)
             for name, value in settings.items():
+                # An older checkpoint may lack a setting.
                 found = run["settings"].get(name, value)
                 if found != value:
                     raise InputError(f"{checkpoint}: its {name} is {found}, here {value}")
@@ -1743,8 +1768,10 @@ class Saver:
     def clean_up(self, args, first_step: int) -> None:
         """Delete what an interrupted run left, and the checkpoints that this run replaces."""
         shutil.rmtree(self.temporary, ignore_errors=True)
-        starts_over = args.overwrite_output_dir and args.resume_from_checkpoint is None
-        if starts_over and self.checkpoints.exists():
+        source = args.resume_from_checkpoint
+        source_path = Path(source or self.output_dir).absolute()
+        keeps_own = source is not None and source_path.is_relative_to(self.output_dir.absolute())
+        if args.overwrite_output_dir and not keeps_own and self.checkpoints.exists():
             # One rename removes them all at once.
             shutil.rmtree(self.checkpoints.rename(self.temporary))
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -1865,7 +1892,7 @@ def publish(args, config, upload) -> None:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C. They end the process, and from the start of training on they stop it."""
+    """SIGTERM and Ctrl-C: before training they end the process, later they stop it after a step."""
 
     def __init__(self):
         self.received = 0  # number of the signal
@@ -2026,7 +2053,8 @@ def main(argv: list[str] | None = None) -> None:
             donate_argnums=0,
         )
         p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
-        # The Saver comes first: its folder marks the output directory as that of a run.
+        # The Saver makes the folder of checkpoints before TensorBoard writes its file. A run is not
+        # started again in a folder that has files but no checkpoints.
         saver = None
         if args.do_train and writes:
             saver = Saver(args, model, tokenizer, settings, steps.start, upload)

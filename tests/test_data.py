@@ -6,8 +6,9 @@ import math
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -449,6 +450,15 @@ def test_reference_files_of_another_length(tmp_path, roberta_dir, tokenizer, lin
         read(roberta_dir, tokenizer, *flags, NO_VALIDATION)
 
 
+def test_reference_files_of_texts_with_several_lines(tmp_path, roberta_dir, tokenizer):
+    records = [json.dumps({"text": text}) for text in ("one line", "two\nlines")]
+    train_file = write_lines(tmp_path / "train.jsonl", records)
+    ref_file = write_lines(tmp_path / "train.ref", ["[1]", "[1]"])
+    flags = [f"--train_file={train_file}", f"--train_ref_file={ref_file}", "--line_by_line"]
+    with pytest.raises(mlm.InputError, match=r"train\.ref: .* several lines"):
+        read(roberta_dir, tokenizer, *flags, NO_VALIDATION)
+
+
 # ---------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------
@@ -569,6 +579,21 @@ def test_layouts_share_their_rows_and_masks(monkeypatch, tokenizer, numbered):
 def flat_labels(batches) -> list[list[int]]:
     """Return the labels of each row."""
     return [row.tolist() for batch in batches for row in flatten(batch["labels"])]
+
+
+def test_rows_that_fill_up_a_batch_take_no_slots(tokenizer, numbered):
+    """The only row of a batch keeps its labels if there are just enough slots for them."""
+    sequences, _ = numbered
+    first = replace(sequences, starts=sequences.starts[:1], ends=sequences.ends[:1])
+    collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, LENGTH, 0.5)
+    (expected,) = mlm.eval_batches(first, collator, 7, 1)
+    labels = expected["labels"][0, 0]
+    num_predicted = (labels != -100).sum()
+    assert num_predicted > 0
+    with mock.patch.object(collator, "num_slots", return_value=num_predicted):
+        (batch,) = mlm.eval_batches(first, collator, 7, 16)
+    assert (batch["labels"][0, 0] == labels).all()
+    assert (batch["labels"] != -100).sum() == num_predicted
 
 
 @pytest.mark.parametrize("per_device", [2, 3])

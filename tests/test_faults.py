@@ -524,6 +524,17 @@ def test_a_killed_run_resumes_from_its_own_checkpoints(place, undisturbed, expec
 
 
 @template_alone
+def test_overwrite_output_dir_by_a_run_that_resumes_from_another(place, undisturbed, copied):
+    """None of the checkpoints in the output directory stays, the earlier ones neither."""
+    assert len(checkpoints(copied)) > 1
+    flags = {"overwrite_output_dir": True, "resume_from_checkpoint": undisturbed}
+    run = place.run(copied, **{**TRAINING, **flags})
+    assert (run.returncode, run.lines) == (0, [])
+    assert f"steps {STEPS} to {STEPS}" in run.stderr
+    assert checkpoints(copied) == [STEPS]
+
+
+@template_alone
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

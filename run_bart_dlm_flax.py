@@ -26,6 +26,8 @@ token each. The model restores the original text.
 # ]
 # ///
 
+import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -33,15 +35,21 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    # Ctrl-C during the imports that follow, which take seconds, shows no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import datasets
 import flax.linen as nn
@@ -89,8 +97,35 @@ TRAINING_SUMS = ("loss", "predicted")
 # kind of device alone, so a resumed run draws the same masks.
 DROPOUT_PRNG = "rbg"
 
-# Signals that stop a run after the current step. The run saves a checkpoint first.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# The optimizer counts its steps in int32.
+MAX_STEPS = 2**31 - 1
+
+# Signals that stop a run after the current step. The run saves a checkpoint first. A terminal that
+# is closed sends SIGHUP.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+# The flags of TrainingArguments and ModelArguments that change what a run learns. A resumed run
+# logs those that differ.
+LEARNING_FLAGS = (
+    "dtype",
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+
+# The file by which a run holds its output directory.
+LOCK_FILE = ".lock"
 
 # Files of a checkpoint, which is the folder checkpoints/STEP.
 STATE_FILE = "state.safetensors"
@@ -787,8 +822,10 @@ def load_text_file(source: str, file: str, text_options: dict, load_options: dic
     if extension == "txt":
         load_options = load_options | text_options
     with input_errors(f"{source}: cannot be read"):
+        # A file whose name has brackets is not a pattern.
+        pattern = glob.escape(file) if Path(file).exists() else file
         return datasets.load_dataset(
-            loaders[extension], data_files=[file], split="train", **load_options
+            loaders[extension], data_files=[pattern], split="train", **load_options
         )
 
 
@@ -1252,9 +1289,14 @@ def plan_steps(args, train_set) -> tuple[int, int, int]:
         raise InputError(
             f"too little training data: {len(train_set)} sequences, and a batch takes {batch_size}"
         )
-    if args.max_steps > 0:
-        return batch_size, steps_per_epoch, args.max_steps
-    return batch_size, steps_per_epoch, math.ceil(args.num_train_epochs * steps_per_epoch)
+    num_steps = args.max_steps
+    if num_steps == -1:
+        num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
+    if num_steps > MAX_STEPS:
+        raise InputError(
+            f"--num_train_epochs {args.num_train_epochs}: {num_steps} steps, at most {MAX_STEPS}"
+        )
+    return batch_size, steps_per_epoch, num_steps
 
 
 def create_train_state(params, optimizer) -> TrainState:
@@ -1335,27 +1377,35 @@ def eval_step(params, batch, loss_fn):
     return jax.lax.psum(sums, "batch")
 
 
-def evaluate(args, p_eval_step, eval_set, collator, log, params, step: int) -> dict[str, float]:
+def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int) -> dict:
     """Evaluate `params`, and log and return the results.
 
     These are the mean loss of all predicted tokens, its perplexity, and the accuracy if `loss_sums`
-    counts it.
+    counts it. They are empty if a signal has stopped the evaluation. Raises InputError if there is
+    nothing to predict.
     """
-    batch_size = args.per_device_eval_batch_size
+    # A batch is never larger than the set.
+    batch_size = min(args.per_device_eval_batch_size, math.ceil(len(eval_set) / jax.device_count()))
     batches = eval_batches(eval_set, collator, args.seed, batch_size)
     num_batches = math.ceil(len(eval_set) / (jax.device_count() * batch_size))
     totals = {}
     pending = None
     with log.bar("Evaluating", num_batches, unit="batch", leave=False) as bar:
-        for batch in prefetch(batches):
+        for number, batch in enumerate(prefetch(batches), 1):
             # Fetch the sums of a batch when the devices have the next one to work on.
             sums = p_eval_step(params, batch)
             add_host_values(totals, pending)
             pending = sums
             bar.update()
+            if stop.check(number):
+                return {}
         add_host_values(totals, pending)
 
-    num_predicted = max(totals["predicted"], 1)
+    num_predicted = totals["predicted"]
+    if num_predicted == 0:
+        raise InputError(
+            f"the evaluation predicts no token: its {len(eval_set)} sequences are too short"
+        )
     results = {"eval_loss": totals["loss"] / num_predicted}
     if "accuracy" in totals:
         results["eval_accuracy"] = totals["accuracy"] / num_predicted
@@ -1497,7 +1547,12 @@ def check_args(args) -> None:
         "at least 1",
         lambda value: value >= 1,
     )
-    check_range(args, "max_steps", "at least 1, or -1", lambda value: value >= 1 or value == -1)
+    check_range(
+        args,
+        "max_steps",
+        f"between 1 and {MAX_STEPS}, or -1",
+        lambda value: 1 <= value <= MAX_STEPS or value == -1,
+    )
     check_range(
         args,
         "warmup_steps learning_rate weight_decay max_grad_norm",
@@ -1513,7 +1568,9 @@ def check_args(args) -> None:
     check_range(
         args, "validation_split_percentage", "between 0 and 99", lambda value: 0 <= value <= 99
     )
-    check_range(args, "output_dir", "a local folder", lambda value: "://" not in value)
+    # `datasets` 5.0 takes braces for names of its own.
+    check_range(args, "cache_dir", "a path without braces", lambda value: "{" not in value)
+    check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
     has_new_model = args.do_train and (args.config_name or args.model_type)
@@ -1611,7 +1668,12 @@ class TrainingLog:
 def write_results(output_dir: str, results: dict[str, float], split: str) -> None:
     """Write SPLIT_results.json, and add the same values to all_results.json."""
     path = Path(output_dir, "all_results.json")
-    previous = json.loads(path.read_text()) if path.exists() else {}
+    previous = {}
+    if path.exists():
+        try:
+            previous = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            logger.warning(f"{path} is not a JSON object and is replaced.")
     for name, content in ((path.name, previous | results), (f"{split}_results.json", results)):
         temporary = path.with_name(f"{name}.tmp")
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -1758,7 +1820,9 @@ def check_output_dir(args) -> None:
     parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     with input_errors(f"--output_dir {output_dir}: {parent} is not writable"):
         tempfile.TemporaryFile(dir=parent).close()
-    is_empty = parent != output_dir or not any(output_dir.iterdir())
+    if (output_dir / "checkpoints").is_file():
+        raise InputError(f"--output_dir {output_dir}: checkpoints is a file in it, not a folder")
+    is_empty = parent != output_dir or {file.name for file in output_dir.iterdir()} <= {LOCK_FILE}
     sources = [Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name]
     is_ours = (
         args.overwrite_output_dir
@@ -1803,12 +1867,30 @@ def settings_to_match(args, config, batch_size: int) -> dict:
     return settings
 
 
-def restore(checkpoints: list[Path], state, settings: dict):
+def settings_to_log(args, train_set) -> dict:
+    """The settings in which a resumed run may differ. It logs those that do."""
+    names = [field.name for field in fields(DataTrainingArguments)]
+    names = [name for name in names if name not in ("overwrite_cache", "preprocessing_num_workers")]
+    settings = {f"--{name}": getattr(args, name) for name in [*names, *LEARNING_FLAGS]}
+    settings["number of devices"] = jax.device_count()
+    if hasattr(train_set, "input_ids"):
+        settings["checksum of the training text"] = zlib.crc32(train_set.input_ids)
+    return settings
+
+
+def log_changed_settings(before: dict, now: dict) -> None:
+    """Log each setting of `now` that was another one in the checkpoint."""
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            logger.info(f"{name} is {value} now, and was {before[name]} before this checkpoint.")
+
+
+def restore(checkpoints: list[Path], state, settings: dict, other_settings: dict, num_steps: int):
     """Read the first readable checkpoint.
 
     Returns the state, on the host, its step, and the settings stored with it, among which the
     streaming script has its position. Raises InputError if the checkpoint is of another model,
-    optimizer or batch size, or if none can be read.
+    optimizer or batch size, of a step beyond `num_steps`, or if none can be read.
     """
     for checkpoint in checkpoints:
         try:
@@ -1818,7 +1900,14 @@ def restore(checkpoints: list[Path], state, settings: dict):
                 found = run["settings"].get(name, value)
                 if found != value:
                     raise InputError(f"{checkpoint}: its {name} is {found}, here {value}")
-            return read_state(checkpoint, state), run["step"], run["settings"]
+            if run["step"] > num_steps:
+                raise InputError(
+                    f"{checkpoint}: this run ends before, at step {num_steps}; train for more "
+                    "steps, or choose another --output_dir"
+                )
+            state = read_state(checkpoint, state)
+            log_changed_settings(run["settings"], other_settings)
+            return state, run["step"], run["settings"]
         except InputError:
             raise
         except Exception as error:
@@ -1836,7 +1925,7 @@ class Saver:
     Every file and every checkpoint gets its name when it is complete.
     """
 
-    def __init__(self, args, model, tokenizer, settings: dict, first_step: int, upload):
+    def __init__(self, args, model, tokenizer, settings: dict, first_step: int, upload, lock):
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
@@ -1848,6 +1937,8 @@ class Saver:
         self.pool = ThreadPoolExecutor(2)
         self.saving = None
         self.uploading = None
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
         self.clean_up(args, first_step)
 
     def clean_up(self, args, first_step: int) -> None:
@@ -1947,19 +2038,81 @@ def connect_hub(args):
             repo_id=repo_id,
             folder_path=args.output_dir,
             commit_message=message,
-            ignore_patterns=["checkpoints/**", "*.tmp*", *ignored],
+            ignore_patterns=["checkpoints/**", "*.tmp*", LOCK_FILE, *ignored],
         )
 
     return upload
 
 
-def prepare_output(args):
+class OutputLock:
+    """The lock of an output directory: one run at a time writes to it.
+
+    It is a POSIX lock of the file `.lock`, which names the process that holds it. The kernel
+    releases it when the process ends. Between hosts it works if their file system has such locks,
+    as NFS has.
+    """
+
+    def __init__(self, output_dir: str):
+        self.output_dir = Path(output_dir)
+        self.path = self.output_dir / LOCK_FILE
+        self.checkpoints = []
+        self.file = None
+
+    def check(self) -> None:
+        """Raise InputError if another process has the lock. Changes no file."""
+        self.checkpoints = list_checkpoints(self.output_dir)
+        if self.path.exists():
+            with self.path.open("r+") as file:
+                self.lock(file)
+
+    def acquire(self) -> None:
+        """Take the lock. Raises InputError if another run has it, or had it since `check`."""
+        while self.file is None:
+            file = self.path.open("a+")
+            self.lock(file)
+            # The run that had the lock may have deleted this file.
+            if self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(file.fileno())):
+                self.file = file
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+        if list_checkpoints(self.output_dir) != self.checkpoints:
+            raise InputError(
+                f"--output_dir {self.output_dir}: another run has saved checkpoints there since "
+                "this one was started; start again to resume from them"
+            )
+
+    def lock(self, file) -> None:
+        """Lock `file` until it is closed. Raises InputError if another process has locked it."""
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise InputError(
+                f"--output_dir {self.output_dir}: {file.read() or 'another process'} writes to "
+                "it; wait until it ends, or choose another folder"
+            ) from error
+        except OSError as error:
+            logger.warning(f"{self.path}: this file system has no locks: {error}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.file:
+            self.path.unlink(missing_ok=True)
+            self.file.close()
+
+
+def prepare_output(args, lock: OutputLock):
     """Find out what the run resumes from, and whether it can write and upload.
 
     Returns the checkpoints to resume from, and the function that uploads, None without
     --push_to_hub. Raises InputError.
     """
     check_output_dir(args)
+    if args.do_train:
+        lock.check()
     upload = connect_hub(args) if args.push_to_hub else None
     return find_checkpoints(args), upload
 
@@ -1977,19 +2130,31 @@ def publish(args, config, upload) -> None:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C: before training they end the process, later they stop it after a step."""
+    """SIGTERM, SIGHUP and Ctrl-C.
+
+    Before training they end the process, later they stop it after a step or a batch.
+    """
 
     def __init__(self):
+        self.process_id = os.getpid()
+        self.exiting = 0  # number of the signal that ends the process
         self.received = 0  # number of the signal
         self.agreed = 0  # number of the signal
 
     def handle(self, handler) -> None:
         """Let `handler` handle the signals."""
         for number in STOP_SIGNALS:
-            signal.signal(number, handler)
+            # nohup makes a process ignore SIGHUP, and that is to last.
+            is_ignored = signal.getsignal(number) == signal.SIG_IGN
+            if number != signal.SIGHUP or not is_ignored:
+                signal.signal(number, handler)
 
     def exit_now(self, number, frame) -> None:
         """End the process."""
+        if os.getpid() != self.process_id:
+            # A process that tokenizes for this one has inherited the handler.
+            os._exit(128 + number)
+        self.exiting = number
         sys.exit(128 + number)
 
     def record(self, number, frame) -> None:
@@ -1998,15 +2163,14 @@ class StopSignals:
         signal.signal(number, signal.SIG_DFL)
 
     def check(self, step: int) -> int:
-        """Return the signal to stop for after `step`, or 0.
+        """Return the signal to stop for after `step`, which may be a batch of an evaluation, or 0.
 
         All processes must stop after the same step. They ask each other every tenth step.
         """
-        self.agreed = self.received
-        if jax.process_count() > 1:
-            self.agreed = 0
-            if step % 10 == 0:
-                self.agreed = int(multihost_utils.process_allgather(self.received).max())
+        if jax.process_count() == 1:
+            self.agreed = self.received
+        elif not self.agreed and step % 10 == 0:
+            self.agreed = int(multihost_utils.process_allgather(self.received).max())
         return self.agreed
 
 
@@ -2072,7 +2236,13 @@ def process_settings(args):
             parent = args.cache_dir or huggingface_hub.constants.HF_HOME
             undo.callback(jax.config.update, "jax_compilation_cache_dir", None)
             jax.config.update("jax_compilation_cache_dir", f"{parent}/jax-compilation-cache")
-        yield stop
+        try:
+            yield stop
+        except Exception as error:
+            if stop.exiting:
+                # `datasets` 5.0 raises an error of its own when its processes are stopped.
+                raise SystemExit(128 + stop.exiting) from error
+            raise
 
 
 @contextmanager
@@ -2103,10 +2273,14 @@ def main(argv: list[str] | None = None) -> None:
     """
     with exit_with_one_line(status=2):
         args = parse_args(sys.argv[1:] if argv is None else argv)
-    with exit_with_one_line(1, args.distributed), process_settings(args) as stop:
+    with (
+        exit_with_one_line(1, args.distributed),
+        process_settings(args) as stop,
+        OutputLock(args.output_dir) as lock,
+    ):
         # One process writes. Find out before anything else whether it can.
         writes = is_writer(args)
-        checkpoints, upload = prepare_output(args) if writes else ([], None)
+        checkpoints, upload = prepare_output(args, lock) if writes else ([], None)
 
         # Load. Without --distributed no device is in use yet: the processes that tokenize are forks
         # of this one.
@@ -2121,9 +2295,10 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = make_optimizer(args, schedule) if args.do_train else optax.identity()
         state = create_train_state(params, optimizer)
         settings = settings_to_match(args, config, batch_size)
+        other_settings = settings_to_log(args, train_set)
         first_step = 0
         if checkpoints and args.do_train:
-            state, first_step, _ = restore(checkpoints, state, settings)
+            state, first_step, _ = restore(checkpoints, state, settings, other_settings, num_steps)
         # Process 0 sends the state to the others, one array at a time to limit memory.
         state, first_step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, first_step))
         state = replicate(state)
@@ -2142,9 +2317,10 @@ def main(argv: list[str] | None = None) -> None:
         # started again in a folder that has files but no checkpoints.
         saver = None
         if args.do_train and writes:
-            saver = Saver(args, model, tokenizer, settings, steps.start, upload)
+            stored = settings | other_settings
+            saver = Saver(args, model, tokenizer, stored, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch)
-        evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log)
+        evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
 
         # Train.
         if args.do_train:
@@ -2173,7 +2349,7 @@ def main(argv: list[str] | None = None) -> None:
         is_stopped = stop.agreed or (stop.received and not args.distributed)
         if args.do_eval and not is_stopped:
             results = evaluate_now(state.params, step)
-            if writes:
+            if writes and results:
                 write_results(args.output_dir, results, "eval")
 
         # Publish.

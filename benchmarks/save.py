@@ -53,7 +53,10 @@ def measure(directory: Path, size: str, repetitions: int) -> tuple[int, dict[str
 
     settings, model, tokenizer, state, num_bytes = make_run(directory, size)
     seconds = {"stopped": [], "copy": [], "written": []}
-    with script.Saver(settings, model, tokenizer, {}, 0, None) as saver:
+    with (
+        script.OutputLock(settings.output_dir) as lock,
+        script.Saver(settings, model, tokenizer, {}, 0, None, lock) as saver,
+    ):
         for step in range(1, repetitions + 1):
             begin = time.perf_counter()
             copied = jax.tree.map(lambda array: np.array(array.addressable_shards[0].data), state)

@@ -37,6 +37,7 @@ DIFFER_BY_OBJECTIVE = {
 # A stream has no known length and no access by line, and its position is saved in checkpoints.
 MORE_BY_SCRIPT = {
     "run_mlm_flax_stream.py": {
+        "LEARNING_FLAGS": 2,
         "TrainingArguments": 8,
         "FlaxDataCollatorForLanguageModeling": 27,
         "load_data": ANY,

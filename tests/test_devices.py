@@ -109,7 +109,7 @@ def test_initial_weights_leave_the_device(script, tmp_path):
 def test_no_memory_left(monkeypatch, capsys):
     """An error of JAX, such as that of too large a batch, is one line."""
 
-    def fill_memory(args):
+    def fill_memory(args, lock):
         jnp.zeros(1 << 50, jnp.int8).block_until_ready()
 
     monkeypatch.setattr(mlm, "prepare_output", fill_memory)

@@ -411,7 +411,9 @@ class Run:
 
     @property
     def stderr(self) -> str:
-        return self.streams.with_suffix(".stderr").read_text(errors="replace")
+        """What the child has written so far. It opens the file after it is started."""
+        path = self.streams.with_suffix(".stderr")
+        return path.read_text(errors="replace") if path.exists() else ""
 
     @property
     def stdout(self) -> str:

@@ -1,0 +1,425 @@
+"""Locks, stops, changed settings and odd names: what happens around a run, in real processes.
+
+The code is word for word the same in all scripts, so the template is tested, and the others where
+their `main` is another one.
+"""
+
+import json
+import random
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+from test_faults import EXPORTED, differing, outcome
+from training_scripts import Place, checkpoints, template_alone
+
+pytestmark = template_alone
+TRAINING = {"max_steps": 12, "save_steps": 3, "logging_steps": 1, "save_total_limit": 5}
+
+
+@pytest.fixture(scope="module")
+def place(script, tmp_path_factory) -> Place:
+    return Place(script, tmp_path_factory.mktemp("reliability"))
+
+
+@pytest.fixture(scope="module")
+def finished(place) -> Path:
+    """The output directory of a run that nothing interrupted."""
+    run = place.run("finished", **TRAINING)
+    assert (run.returncode, run.lines) == (0, [])
+    return place.directory / "finished"
+
+
+@pytest.fixture
+def copied(place, finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def wait_for(condition, timeout: float = 60):
+    """Wait until `condition()` is true."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------------------
+# Lock
+# ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_an_output_directory_is_refused(place, tmp_path):
+    output_dir = tmp_path / "out"
+    first = place.start(output_dir, **{**TRAINING, "max_steps": 100_000})
+    wait_for(lambda: checkpoints(output_dir))
+    before = checkpoints(output_dir)[0]
+    for flags in ({}, {"overwrite_output_dir": True}):
+        second = place.run(output_dir, **TRAINING, **flags)
+        assert second.returncode == 1
+        (line,) = second.lines
+        assert f"process {first.pid} on {socket.gethostname()}" in line
+        assert str(output_dir) in line
+        assert "overwrite" not in line
+    # The first one goes on.
+    wait_for(lambda: checkpoints(output_dir)[-1] > before + 6)
+    first.kill()
+    step = checkpoints(output_dir)[-1]
+    third = place.run(output_dir, **{**TRAINING, "max_steps": step + 1})
+    assert (third.returncode, third.lines) == (0, [])
+    assert not (output_dir / ".lock").exists()
+
+
+def test_two_runs_that_start_at_once(place, finished, tmp_path):
+    """One of them trains. The other one ends with one line and breaks nothing."""
+    output_dir = tmp_path / "out"
+    runs = [place.start(output_dir, **TRAINING) for _ in range(2)]
+    codes = sorted(run.wait().returncode for run in runs)
+    assert codes == [0, 1]
+    (refused,) = [run for run in runs if run.returncode == 1]
+    (line,) = refused.lines
+    assert str(output_dir) in line
+    for name in EXPORTED:
+        assert (output_dir / name).read_bytes() == (finished / name).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------
+
+
+def evaluate_slowly(script):
+    """Let each batch of an evaluation take half a second."""
+    import time
+
+    original = script.eval_batches
+
+    def slow_batches(*args):
+        for batch in original(*args):
+            time.sleep(0.5)
+            yield batch
+
+    script.eval_batches = slow_batches
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["during training", "at the end"])
+def test_a_signal_stops_an_evaluation_between_two_batches(
+    place, finished, tmp_path, moment, number
+):
+    output_dir = tmp_path / "out"
+    eval_steps = 6 if moment == "during training" else 100
+    flags = {**TRAINING, "do_train": True, "do_eval": True, "eval_steps": eval_steps}
+    flags["per_device_eval_batch_size"] = 1
+    run = place.start(output_dir, **flags, change=evaluate_slowly)
+    step = 6 if moment == "during training" else 12
+    wait_for(lambda: f"Step {step}: train_loss" in run.stderr)
+    time.sleep(1)
+    begin = time.monotonic()
+    run.send_signal(number)
+    run.wait()
+    # The whole evaluation takes more than ten seconds.
+    assert time.monotonic() - begin < 6
+    assert (run.returncode, run.lines) == (128 + number, [])
+    assert not (output_dir / "eval_results.json").exists()
+    assert checkpoints(output_dir)[-1] >= step
+
+    run = place.run(output_dir, **flags)
+    assert (run.returncode, run.lines) == (0, [])
+    for name in EXPORTED:
+        assert (output_dir / name).read_bytes() == (finished / name).read_bytes()
+    assert (output_dir / "eval_results.json").exists()
+
+
+def ignore_sighup(script):
+    import signal
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_nohup_holds(place, tmp_path):
+    run = place.start(tmp_path / "out", **TRAINING, change=ignore_sighup)
+    wait_for(lambda: checkpoints(tmp_path / "out"))
+    run.send_signal(signal.SIGHUP)
+    run.wait()
+    assert (run.returncode, run.lines) == (0, [])
+    assert checkpoints(tmp_path / "out")[-1] == 12
+
+
+def tokenize_slowly(script):
+    import time
+
+    original = script.encode
+
+    def slow_encode(batch, **options):
+        time.sleep(3)
+        return original(batch, **options)
+
+    script.encode = slow_encode
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that `pid` has started and that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_other_processes_tokenize(place, tmp_path, number):
+    flags = {**TRAINING, "preprocessing_num_workers": 2, "overwrite_cache": True}
+    run = place.start(tmp_path / "out", **flags, change=tokenize_slowly)
+    wait_for(lambda: len(children_of(run.pid)) >= 2)
+    workers = children_of(run.pid)
+    time.sleep(0.5)
+    run.send_signal(number)
+    run.wait()
+    assert (run.returncode, run.lines) == (128 + number, [])
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), timeout=10)
+
+
+# ---------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_logs_the_settings_that_differ(place, copied):
+    train_file = place.directory / "other.txt"
+    train_file.write_text(place.train_file.read_text().replace("w1", "w2"))
+    flags = {
+        **TRAINING,
+        "max_steps": 15,
+        "learning_rate": 0.02,
+        "seed": 7,
+        "mlm_probability": 0.2,
+        "train_file": train_file,
+    }
+    run = place.run(copied, **flags)
+    assert (run.returncode, run.lines) == (0, [])
+    changed = re.findall(r"INFO (.*) is (\S+) now, and was (\S+) before", run.stderr)
+    found = {name: (before, now) for name, now, before in changed}
+    assert set(found) == {
+        "--max_steps",
+        "--learning_rate",
+        "--seed",
+        "--mlm_probability",
+        "--train_file",
+        "checksum of the training text",
+    }
+    assert found["--seed"] == ("42", "7")
+    assert found["--learning_rate"] == ("0.01", "0.02")
+
+    # The next checkpoint has the settings of this run.
+    run = place.run(copied, **{**flags, "max_steps": 16})
+    changed = re.findall(r"INFO (.*) is (\S+) now, and was (\S+) before", run.stderr)
+    assert changed == [("--max_steps", "16", "15")]
+
+
+def test_secrets_are_not_stored(place, tmp_path):
+    flags = {**TRAINING, "token": "hf_secret1", "hub_token": "hf_secret2"}
+    run = place.run(tmp_path / "out", **flags)
+    assert run.returncode == 0
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert b"hf_secret" not in path.read_bytes()
+
+
+def test_fewer_steps_than_the_checkpoint_has(place, copied):
+    run = place.run(copied, **{**TRAINING, "max_steps": 5})
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert "checkpoints/12: this run ends before, at step 5" in line
+    assert checkpoints(copied)[-1] == 12
+
+
+# ---------------------------------------------------------------------------------------
+# Odd files, names and numbers
+# ---------------------------------------------------------------------------------------
+
+NAMES = ["lr[3e-4]", "a*b?", "#%{}", "two words", "new\nline", "Žluťoučký"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_characters_in_every_path(place, finished, tmp_path, name):
+    """A run stops, resumes, and is evaluated from its exported model."""
+    folder = tmp_path / name
+    folder.mkdir()
+    files = {
+        "train_file": folder / f"{name}.txt",
+        "validation_file": folder / f"{name} v.txt",
+        "config_name": folder / "model",
+        "tokenizer_name": folder / "model",
+        "cache_dir": folder / "cache" if "{" not in name else None,
+    }
+    shutil.copy(place.train_file, files["train_file"])
+    shutil.copy(place.validation_file, files["validation_file"])
+    shutil.copytree(place.model, files["config_name"])
+    output_dir = folder / name
+    kill_at = [r"(?s)^rename .*/checkpoints/6$"]
+    run = place.run(output_dir, **TRAINING, **files, kill_at=kill_at)
+    assert (run.returncode, checkpoints(output_dir)) == (137, [3])
+    run = place.run(output_dir, **TRAINING, **files)
+    assert (run.returncode, run.lines) == (0, [])
+    assert "steps 3 to 12" in run.stderr
+    for weights in ("flax_model.msgpack", "model.safetensors"):
+        assert (output_dir / weights).read_bytes() == (finished / weights).read_bytes()
+    changes = {"model_name_or_path": output_dir, "config_name": None, "tokenizer_name": None}
+    changes |= {"do_eval": True, "model_type": None}
+    run = place.run(folder / "evaluation", **{**files, **changes})
+    assert (run.returncode, run.lines) == (0, [])
+
+
+def test_a_file_with_brackets_comes_before_a_pattern(place, tmp_path):
+    """The text is that of the file `glob[1].txt` and not that of `glob1.txt`."""
+    (tmp_path / "glob1.txt").write_text("w1 w2\n")
+    shutil.copy(place.train_file, tmp_path / "glob[1].txt")
+    run = place.run(tmp_path / "out", **TRAINING, train_file=tmp_path / "glob[1].txt")
+    assert (run.returncode, run.lines) == (0, [])
+
+
+def test_all_results_that_are_damaged(place, copied):
+    (copied / "all_results.json").write_text('{"eval_loss": 1.')
+    run = place.run(copied, **TRAINING)
+    assert run.returncode == 0
+    (line,) = run.lines
+    assert "WARNING" in line
+    assert "all_results.json" in line
+    results = json.loads((copied / "all_results.json").read_text())
+    assert results == json.loads((copied / "eval_results.json").read_text())
+
+
+def test_an_evaluation_batch_larger_than_the_set(place, copied):
+    flags = {"do_eval": True, "model_name_or_path": copied}
+    expected = place.run(copied, **flags)
+    loss = json.loads((copied / "eval_results.json").read_text())["eval_loss"]
+    run = place.run(copied, **flags, per_device_eval_batch_size=10**9)
+    assert (expected.returncode, run.returncode, run.lines) == (0, 0, [])
+    found = json.loads((copied / "eval_results.json").read_text())["eval_loss"]
+    assert found == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"max_steps": 10**25}, ["--max_steps", "2147483647"]),
+        ({"num_train_epochs": 1e12}, ["--num_train_epochs", "2147483647"]),
+    ],
+    ids=lambda value: str(next(iter(value))),
+)
+def test_numbers_and_names_that_are_refused(place, tmp_path, flags, words):
+    run = place.run(tmp_path / "out", **flags)
+    assert run.returncode in (1, 2)
+    (line,) = run.lines
+    assert all(word in line for word in words)
+
+
+def test_a_cache_dir_with_braces_is_refused(place, tmp_path):
+    """`datasets` cannot use it."""
+    run = place.run(tmp_path / "out", cache_dir=tmp_path / "{}")
+    assert run.returncode == 2
+    (line,) = run.lines
+    assert "--cache_dir" in line
+
+
+def test_an_empty_output_dir_is_refused(place):
+    argv = [flag for flag in place.flags("out") if not flag.startswith("--output_dir")]
+    run = place.start_argv([*argv, "--output_dir="]).wait()
+    assert run.returncode == 2
+    (line,) = run.lines
+    assert "--output_dir" in line
+
+
+def test_a_very_large_number_of_steps_starts_at_once(place, tmp_path):
+    run = place.start(tmp_path / "out", max_steps=2 * 10**9, logging_steps=1)
+    wait_for(lambda: "Step 2: train_loss" in run.stderr, timeout=30)
+    run.kill()
+
+
+def test_an_evaluation_that_predicts_nothing(place, copied, tmp_path):
+    file = tmp_path / "validation.txt"
+    file.write_text("w1\n")
+    run = place.run(
+        copied,
+        do_eval=True,
+        model_name_or_path=copied,
+        validation_file=file,
+        line_by_line=True,
+        mlm_probability=1e-9,
+    )
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert "predicts no token" in line
+
+
+def test_leftovers_of_interrupted_writes_are_deleted(place, copied):
+    for folder in (copied / ".tmp", copied / "checkpoints" / "9.tmp"):
+        folder.mkdir()
+        (folder / "large").write_bytes(bytes(1000))
+    run = place.run(copied, **TRAINING)
+    assert (run.returncode, run.lines) == (0, [])
+    assert not (copied / ".tmp").exists()
+    assert not (copied / "checkpoints" / "9.tmp").exists()
+
+
+def test_checkpoints_is_a_file(place, tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    run = place.run(tmp_path, **TRAINING)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert f"--output_dir {tmp_path}: checkpoints is a file" in line
+
+
+# ---------------------------------------------------------------------------------------
+# Flipped bits
+# ---------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_is_detected_or_without_effect(finished):
+    """200 random bits of all files of a checkpoint, one at a time."""
+    from run_mlm_flax import read_run
+
+    checkpoint = finished / "checkpoints" / "12"
+    expected = read_run(checkpoint)
+    rng = random.Random(0)
+    files = sorted(path for path in checkpoint.iterdir())
+    num_detected = 0
+    for number in range(200):
+        path = files[number % len(files)]
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = read_run(checkpoint)
+        except (ValueError, KeyError, OSError):
+            num_detected += 1
+        else:
+            assert found == expected
+        finally:
+            path.write_bytes(content)
+    assert num_detected > 150
+    assert load_file(checkpoint / "state.safetensors")
+
+
+def test_a_run_with_a_flipped_bit_resumes_from_the_checkpoint_before(place, finished, copied):
+    expected = outcome(finished)
+    path = copied / "checkpoints" / "12" / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    run = place.run(copied, **TRAINING)
+    assert run.returncode == 0
+    (line,) = run.lines
+    assert "checkpoints/12 cannot be read and is skipped" in line
+    assert "steps 9 to 12" in run.stderr
+    assert differing(outcome(copied), expected) == []

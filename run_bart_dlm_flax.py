@@ -18,6 +18,7 @@ token each. The model restores the original text.
 #     "jax>=0.6.2,<0.13",
 #     "numpy>=2,<3",
 #     "optax>=0.2.5,<0.3",
+#     "requests>=2.32.2,<3",
 #     "safetensors>=0.5,<1",
 #     "sentencex>=1.0.11,<2",
 #     "tensorboard>=2.19,<3",
@@ -58,6 +59,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import requests
 import sentencex
 import transformers
 from flax.training.train_state import TrainState
@@ -123,6 +125,9 @@ LEARNING_FLAGS = (
     "adam_epsilon",
     "max_grad_norm",
 )
+
+# Seconds that a server of the Hub has to answer a request.
+HUB_SECONDS = 50
 
 # The file by which a run holds its output directory.
 LOCK_FILE = ".lock"
@@ -2020,6 +2025,22 @@ class Saver:
             )
 
 
+class TimeLimit(requests.adapters.HTTPAdapter):
+    """Gives up a request to the Hub if the server does not answer. Others would wait forever."""
+
+    def send(self, request, **options):
+        options["timeout"] = options.get("timeout") or HUB_SECONDS
+        return super().send(request, **options)
+
+
+def make_session() -> requests.Session:
+    """A session for `huggingface_hub`, whose requests have a time limit."""
+    session = requests.Session()
+    for prefix in ("http://", "https://"):
+        session.mount(prefix, TimeLimit())
+    return session
+
+
 def connect_hub(args):
     """Create the repository on the Hub and check that it can be written to.
 
@@ -2222,6 +2243,9 @@ def process_settings(args):
         # Log lines go above the bars.
         undo.enter_context(logging_redirect_tqdm())
 
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.configure_http_backend(make_session)
+            undo.callback(huggingface_hub.configure_http_backend)
         if not huggingface_hub.utils.are_progress_bars_disabled():
             # Uploads run in the background.
             huggingface_hub.utils.disable_progress_bars()

@@ -330,7 +330,9 @@ def read_args(argv: list[str]) -> BenchmarkArguments:
         argv = ["--help"]
     args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:
-        raise InputError(f"unknown arguments: {' '.join(rest)}")
+        # Only flags are shown: a value may be a secret.
+        unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]
+        raise InputError(f"unknown arguments: {' '.join(unknown) or 'a value without a flag'}")
     check_range(args, "batch_size seq_length num_iters", "at least 1", lambda value: value >= 1)
     check_range(args, "num_warmup seed", "at least 0", lambda value: value >= 0)
     return args

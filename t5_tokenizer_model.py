@@ -209,10 +209,12 @@ def parse_args(argv: list[str] | None):
         "it as the default length. Default: %(default)s.",
     )
     args = parser.parse_args(argv)
-    for name, minimum in (("vocab_size", 4), ("extra_ids", 1), ("max_length", 3)):
+    # Adding sentinels takes time that grows with the square of their number.
+    limits = (("vocab_size", 4, 2**31 - 1), ("extra_ids", 1, 10_000), ("max_length", 3, 2**31 - 1))
+    for name, minimum, maximum in limits:
         value = getattr(args, name)
-        if value < minimum:
-            parser.error(f"--{name} {value}: it must be at least {minimum}")
+        if not minimum <= value <= maximum:
+            parser.error(f"--{name} {value}: it must be between {minimum} and {maximum}")
     return args
 
 
@@ -234,16 +236,20 @@ def train_tokenizer(args) -> SentencePieceUnigramTokenizer:
 def main(argv: list[str] | None = None) -> int:
     """Train a tokenizer as `argv`, or else the command line, says. Returns the exit status."""
     args = parse_args(argv)
+    output_dir = Path(args.output_dir)
+    is_new = not output_dir.exists()
     try:
         # Training can take hours, so find out first whether the files can be read and written.
         for file in args.train_file:
             open(file, encoding="utf-8").close()
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer(args)
         save_for_t5(tokenizer, args.output_dir, args.extra_ids, args.max_length)
     except Exception as error:
         # Errors of tokenizers have no class of their own.
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        if is_new and output_dir.is_dir() and not any(output_dir.iterdir()):
+            output_dir.rmdir()
         return 1
 
     size = tokenizer.get_vocab_size()

@@ -198,6 +198,7 @@ def test_pytorch_weights_are_read(tiny_bert, tmp_path):
 BAD_INPUT = {
     "precision": (["--precision=float16"], 2, ["--precision", "float16"]),
     "unknown": (["--batchsize=3"], 2, ["--batchsize"]),
+    "unknown with a value": (["--hub_token=hf_secret", "hf_secret"], 2, ["--hub_token"]),
     "no passes": (["--num_iters=0"], 2, ["--num_iters 0", "at least 1"]),
     "missing": (["--model_name_or_path=missing"], 1, ["--model_name_or_path missing"]),
     "too long": (["--seq_length=41"], 1, ["--seq_length 41", "40"]),
@@ -220,3 +221,4 @@ def test_bad_input_gets_one_line(case, tiny_bert, tmp_path, monkeypatch, capsys)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("run_bert_flax.py: error: ")
     assert all(word in line for word in words), line
+    assert "hf_secret" not in line

@@ -6,8 +6,11 @@ the template.
 
 import re
 import time
+from importlib import import_module
+from unittest import mock
 
 import pytest
+import requests
 from flax import serialization
 from flax.traverse_util import flatten_dict
 from hub_server import HubServer
@@ -45,7 +48,7 @@ def start(script, tmp_path_factory):
 def train(run_script, script, start, tmp_path):
     """A function that trains for STEPS steps with 3 saves and returns the finished process."""
 
-    def train(url, *flags):
+    def train(url, *flags, path=script.name):
         env = {
             "HF_ENDPOINT": url,
             # A home of its own has no login, and is searched for the token afterwards.
@@ -61,7 +64,7 @@ def train(run_script, script, start, tmp_path):
         }
         train_file = write_text(tmp_path / "train.txt", 400, seed=1)
         command = [
-            script.name,
+            path,
             "--push_to_hub",
             f"--output_dir={tmp_path / 'my-model'}",
             f"--config_name={start}",
@@ -254,3 +257,47 @@ def test_a_model_that_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_
     assert contents(output_dir) == before
     assert hub.repos == {"user/my-model": {}}
     assert len(hub.requests) < 5
+
+
+@pytest.fixture
+def impatient(script, tmp_path):
+    """A copy of the script that waits 2 seconds for an answer."""
+    source = script.path.read_text("utf-8")
+    source, count = re.subn(r"(?m)^HUB_SECONDS = .*$", "HUB_SECONDS = 2", source)
+    assert count == 1
+    path = tmp_path / script.name
+    path.write_text(source, "utf-8")
+    return path
+
+
+@template_alone
+def test_a_hub_that_never_answers_ends_the_run_before_training(hub, train, script, impatient):
+    hub.delay_next(1000, 1000, where="any")
+    started = time.monotonic()
+    process = train(hub.url, f"--hub_token={TOKEN}", path=impatient)
+    assert time.monotonic() - started < 30
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"{script}: error: --push_to_hub: ")
+    assert "timed out" in line.lower()
+
+
+@template_alone
+def test_an_upload_that_is_never_answered_is_a_warning(hub, train, tmp_path, impatient):
+    hub.delay_next(1, 1000, where="lfs")
+    process = train(hub.url, f"--hub_token={TOKEN}", path=impatient)
+    assert process.returncode == 0, process.stderr
+    assert [line for line in warnings(process) if "timed out" in line], process.stderr
+    check_complete(hub.repos["user/my-model"], tmp_path / "my-model")
+
+
+@template_alone
+def test_every_request_has_a_time_limit(hub, script):
+    module = import_module(script.name.removesuffix(".py"))
+    assert module.HUB_SECONDS < 60
+    hub.delay_next(1, 1000, where="any")
+    with (
+        mock.patch.object(module, "HUB_SECONDS", 0.5),
+        pytest.raises(requests.exceptions.ReadTimeout),
+    ):
+        module.make_session().get(f"{hub.url}/api/whoami-v2")

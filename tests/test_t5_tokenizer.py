@@ -185,6 +185,7 @@ def test_bad_input_is_one_line(tmp_path, capfd, content, flags, words):
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("t5_tokenizer_model.py: error: ")
     assert all(word in captured.err for word in words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_vocabulary_smaller_than_asked_for_is_reported(tmp_path, capsys, corpus):
@@ -192,7 +193,9 @@ def test_vocabulary_smaller_than_asked_for_is_reported(tmp_path, capsys, corpus)
     assert "fewer than --vocab_size 32000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["--vocab_size=3", "--extra_ids=0", "--max_length=2"])
+@pytest.mark.parametrize(
+    "flag", ["--vocab_size=3", "--extra_ids=0", "--extra_ids=2000000", "--max_length=2"]
+)
 def test_numbers_out_of_range_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--train_file=text.txt", "--output_dir=out", flag])

@@ -2061,7 +2061,7 @@ class StopSignals:
 
     def __init__(self):
         self.process_id = os.getpid()
-        self.exiting = 0  # number of the signal that ends the process
+        self.exiting = 0  # number of the signal
         self.received = 0  # number of the signal
         self.agreed = 0  # number of the signal
 

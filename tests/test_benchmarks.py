@@ -101,7 +101,7 @@ def test_harness_runs_a_script_as_it_is(tmp_path):
 
 
 def test_harness_ends_with_the_error_of_the_script(tmp_path):
-    with pytest.raises(SystemExit, match="error: --max_steps 0: it must be at least 1"):
+    with pytest.raises(SystemExit, match="error: --max_steps 0: it must be between 1 and"):
         harness.run(tmp_path, "run_mlm_flax.py", ["--output_dir=out", "--max_steps=0"])
 
 

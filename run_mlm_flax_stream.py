@@ -95,6 +95,15 @@ NOT_OF_A_STREAM = {
 # Texts that are read and tokenized at a time.
 TEXTS_AT_A_TIME = 64
 
+# The builder of `datasets` for each extension of a data file.
+LOADERS = {
+    ".txt": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+
 # Each use of the seed has random numbers of its own: the order of the data, the noise in training,
 # and that in evaluation.
 ORDER_STREAM = 0
@@ -164,7 +173,11 @@ def input_errors(what: str):
         cause = error
         while cause.__cause__:
             cause = cause.__cause__
-        raise InputError(f"{what}: {str(cause)[:400] or type(cause).__name__}") from error
+        reason = str(cause)[:400] or type(cause).__name__
+        if isinstance(cause, KeyError):
+            # The message of a KeyError is the key alone.
+            reason = f"unknown name {reason}"
+        raise InputError(f"{what}: {reason}") from error
 
 
 # ---------------------------------------------------------------------------------------
@@ -642,6 +655,7 @@ def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
     sources = {}
     if args.dataset_name:
         source = f"--dataset_name {args.dataset_name}"
+        check_formats(source, Path(args.dataset_name))
         with input_errors(f"{source}: cannot be read"):
             splits = dict(
                 datasets.load_dataset(args.dataset_name, args.dataset_config_name, **load_options)
@@ -662,19 +676,34 @@ def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
     return splits
 
 
+def check_formats(source: str, folder: Path) -> None:
+    """Raise InputError if a folder has data of several formats: `datasets` reads one of them.
+
+    A README.md may choose files, so a folder that has one is not checked.
+    """
+    if not folder.is_dir() or (folder / "README.md").exists():
+        return
+    loaders = {LOADERS[path.suffix] for path in folder.rglob("*") if path.suffix in LOADERS}
+    if len(loaders) > 1:
+        raise InputError(
+            f"{source}: it has files of several formats, {', '.join(sorted(loaders))}; keep one"
+        )
+
+
 def load_text_file(source: str, file: str, text_options: dict, load_options: dict):
     """Load a data file. `source` names it in the message of an InputError."""
-    loaders = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
-    extension = Path(file).suffix.lower().lstrip(".")
-    if extension not in loaders:
-        raise InputError(f"{source}: its extension must be one of {', '.join(loaders)}")
-    if extension == "txt":
+    extension = Path(file).suffix.lower()
+    if extension not in LOADERS:
+        raise InputError(f"{source}: its extension must be one of {', '.join(LOADERS)}")
+    if extension == ".txt":
         load_options = load_options | text_options
+    if Path(file).is_file() and Path(file).stat().st_size == 0:
+        raise InputError(f"{source}: the file is empty")
     with input_errors(f"{source}: cannot be read"):
         # A file whose name has brackets is not a pattern.
         pattern = glob.escape(file) if Path(file).exists() else file
         return datasets.load_dataset(
-            loaders[extension], data_files=[pattern], split="train", **load_options
+            LOADERS[extension], data_files=[pattern], split="train", **load_options
         )
 
 
@@ -994,15 +1023,30 @@ def load_config_and_tokenizer(args):
     tokenizer = load_tokenizer(args)
     enlarge_vocabulary(args, config, tokenizer)
 
-    positions = config.max_position_embeddings
-    if "roberta" in config.model_type:
-        # The positions of a sequence start after the pad id.
-        positions -= config.pad_token_id + 1
+    positions = max_positions(config, name)
     length = args.max_seq_length or min(tokenizer.model_max_length, positions)
     if length > positions:
         raise InputError(f"--max_seq_length {length}: the model has {positions} positions")
     adapt_to_flax(args, config, length)
     return config, tokenizer, length
+
+
+def max_positions(config, name: str) -> int:
+    """Count the positions of the model. Raises InputError if its config, `name`, is not valid."""
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"{name}: hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    positions = config.max_position_embeddings
+    if "roberta" in config.model_type:
+        if config.pad_token_id is None:
+            raise InputError(f"{name}: its pad_token_id is null; {config.model_type} needs one")
+        # The positions of a sequence start after the pad id.
+        positions -= config.pad_token_id + 1
+    if positions < 1:
+        raise InputError(f"{name}: max_position_embeddings leaves no position for a token")
+    return positions
 
 
 def adapt_to_flax(args, config, length: int) -> None:
@@ -1033,7 +1077,7 @@ def load_config(args):
 def load_tokenizer(args):
     """Load the tokenizer that --tokenizer_name or --model_name_or_path names."""
     name = args.tokenizer_name or args.model_name_or_path
-    with input_errors(f"{name}: cannot load its tokenizer"):
+    with input_errors(f"{name}: cannot load its tokenizer, or files of it are missing"):
         return AutoTokenizer.from_pretrained(
             name, use_fast=args.use_fast_tokenizer, **args.hub_options
         )
@@ -1443,11 +1487,13 @@ def check_args(args) -> None:
     check_range(
         args,
         "warmup_steps learning_rate weight_decay max_grad_norm",
-        "at least 0",
+        "at least 0 and finite",
         lambda value: 0 <= value < math.inf,
     )
+    check_range(args, "num_train_epochs", "above 0 and finite", lambda value: 0 < value < math.inf)
+    # It is a float32.
     check_range(
-        args, "num_train_epochs adam_epsilon", "above 0", lambda value: 0 < value < math.inf
+        args, "adam_epsilon", "at least 1e-37 and finite", lambda value: 1e-37 <= value < math.inf
     )
     check_range(
         args, "adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1
@@ -1526,7 +1572,8 @@ class TrainingLog:
         sums = {name: float(np.asarray(array)[0]) for name, array in totals.items()}
         if not all(math.isfinite(value) for value in sums.values()):
             raise InputError(
-                f"step {step}: the loss is not finite; lower --learning_rate or set --max_grad_norm"
+                f"step {step}: the loss or its gradient is not finite; lower --learning_rate, set "
+                "--max_grad_norm, or check the dropout of the config"
             )
         now = time.perf_counter()
         self.results = {

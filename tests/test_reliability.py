@@ -379,6 +379,73 @@ def test_checkpoints_is_a_file(place, tmp_path):
     assert f"--output_dir {tmp_path}: checkpoints is a file" in line
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pad_token_id": None}, ["pad_token_id", "null"]),
+        ({"num_attention_heads": 3}, ["hidden_size 16", "num_attention_heads 3"]),
+        ({"hidden_act": "nosuch"}, ["config", "unknown name 'nosuch'"]),
+        ({"max_position_embeddings": 1}, ["max_position_embeddings"]),
+        ({"attention_probs_dropout_prob": 1.0}, ["not finite", "dropout"]),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_configs_that_no_model_can_have(place, tmp_path, changes, words):
+    model = tmp_path / "model"
+    place.script.write_model(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    flags = {**TRAINING, "config_name": model, "max_seq_length": None}
+    run = place.run(tmp_path / "out", **flags)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert all(word in line for word in words), line
+
+
+def test_a_slow_tokenizer_without_its_files(place, tmp_path):
+    model = shutil.copytree(place.model, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    run = place.run(tmp_path / "out", **TRAINING, tokenizer_name=model)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert f"{model}: cannot load its tokenizer, or files of it are missing" in line
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.csv"])
+def test_an_empty_file(place, tmp_path, name):
+    (tmp_path / name).write_text("")
+    run = place.run(tmp_path / "out", **TRAINING, train_file=tmp_path / name)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert f"{name}: the file is empty" in line
+
+
+def test_a_folder_of_several_formats(place, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(place.train_file, folder / "a.txt")
+    (folder / "b.jsonl").write_text('{"text": "w1 w2"}\n')
+    flags = {"train_file": None, "validation_file": None, "dataset_name": folder}
+    run = place.run(tmp_path / "out", **TRAINING, **flags)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert "several formats, json, text" in line
+    (folder / "b.jsonl").unlink()
+    assert place.run(tmp_path / "out", **TRAINING, **flags).returncode == 0
+
+
+@pytest.mark.parametrize("flag", ["learning_rate", "num_train_epochs", "adam_epsilon"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e-320"])
+def test_numbers_that_are_not_finite(place, tmp_path, flag, value):
+    if value == "1e-320" and flag != "adam_epsilon":
+        pytest.skip("it is a small number like any other")
+    run = place.run(tmp_path / "out", **{flag: value})
+    assert run.returncode == 2
+    (line,) = run.lines
+    assert f"--{flag}" in line
+    assert "finite" in line
+
+
 # ---------------------------------------------------------------------------------------
 # Flipped bits
 # ---------------------------------------------------------------------------------------

@@ -1755,7 +1755,7 @@ def log_changed_settings(before: dict, now: dict) -> None:
             logger.info(f"{name} is {value} now, and was {before[name]} before this checkpoint.")
 
 
-def restore(checkpoints: list[Path], state, settings: dict, other_settings: dict, num_steps: int):
+def restore(checkpoints: list[Path], state, settings: dict, num_steps: int):
     """Read the first readable checkpoint.
 
     Returns the state, on the host, its step, and the settings stored with it, among which the
@@ -1775,9 +1775,7 @@ def restore(checkpoints: list[Path], state, settings: dict, other_settings: dict
                     f"{checkpoint}: this run ends before, at step {num_steps}; train for more "
                     "steps, or choose another --output_dir"
                 )
-            state = read_state(checkpoint, state)
-            log_changed_settings(run["settings"], other_settings)
-            return state, run["step"], run["settings"]
+            return read_state(checkpoint, state), run["step"], run["settings"]
         except InputError:
             raise
         except Exception as error:
@@ -2186,8 +2184,9 @@ def main(argv: list[str] | None = None) -> None:
         settings = settings_to_match(args, config, batch_size)
         other_settings = settings_to_log(args, train_set)
         first_step = 0
+        found = {}
         if checkpoints and args.do_train:
-            state, first_step, _ = restore(checkpoints, state, settings, other_settings, num_steps)
+            state, first_step, found = restore(checkpoints, state, settings, num_steps)
         # Process 0 sends the state to the others, one array at a time to limit memory.
         state, first_step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, first_step))
         state = replicate(state)
@@ -2214,6 +2213,7 @@ def main(argv: list[str] | None = None) -> None:
         # Train.
         if args.do_train:
             num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+            log_changed_settings(found, other_settings)
             logger.info(
                 f"Training {num_params:,} parameters on {len(train_set):,} sequences of "
                 f"{collator.max_length} tokens, steps {steps.start} to {num_steps}; a step takes "

@@ -144,6 +144,9 @@ HUB_SECONDS = 50
 # The file by which a run holds its output directory.
 LOCK_FILE = ".lock"
 
+# The checksums of an exported model, for `sha256sum --check`.
+CHECKSUM_FILE = "SHA256SUMS"
+
 # Files of a checkpoint, which is the folder checkpoints/STEP.
 STATE_FILE = "state.safetensors"
 RUN_FILE = "run.json"
@@ -1145,6 +1148,7 @@ def load_pretrained_params(args, config, model) -> dict:
     Those that its files lack are left out.
     """
     name = args.model_name_or_path
+    verify_checksums(Path(name))
 
     # Transformers 4.57 reads PyTorch files into a model, of whose parameters it uses the shapes. So
     # this model has shapes for parameters, and initializes none.
@@ -1723,6 +1727,19 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def verify_checksums(folder: Path) -> None:
+    """Raise InputError if a file of an exported model does not match its checksum there."""
+    path = folder / CHECKSUM_FILE
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for line in lines:
+        checksum, _, name = line.partition("  ")
+        if (folder / name).is_file() and file_sha256(folder / name) != checksum:
+            raise InputError(
+                f"{folder / name}: it does not match its checksum in {CHECKSUM_FILE}, so it is "
+                f"damaged; if you have replaced it, delete {CHECKSUM_FILE}"
+            )
+
+
 def settings_sha256(run: dict) -> str:
     """SHA-256 of the content of `run.json` without this checksum."""
     content = {name: value for name, value in run.items() if name != "run_sha256"}
@@ -1954,8 +1971,15 @@ class Saver:
         save_file(to_pytorch(params), weights, metadata={"format": "pt"})
         # safetensors lets only the owner read its files.
         weights.chmod((self.temporary / "config.json").stat().st_mode)
+        names = ("flax_model.msgpack", weights.name)
+        lines = [f"{file_sha256(self.temporary / name)}  {name}\n" for name in names]
+
+        # The checksums come last, so that they never belong to other weights.
+        (self.output_dir / CHECKSUM_FILE).unlink(missing_ok=True)
         for file in self.temporary.iterdir():
             file.replace(self.output_dir / file.name)
+        (self.temporary / CHECKSUM_FILE).write_text("".join(lines))
+        (self.temporary / CHECKSUM_FILE).replace(self.output_dir / CHECKSUM_FILE)
         self.temporary.rmdir()
 
     def try_upload(self, step: int) -> None:

@@ -106,7 +106,15 @@ def check_whole_file(path: Path):
     elif path.suffix == ".msgpack":
         assert serialization.msgpack_restore(path.read_bytes())
     else:
-        names = (".lock", "checkpoints", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+        names = (
+            ".lock",
+            "SHA256SUMS",
+            "checkpoints",
+            "vocab.txt",
+            "vocab.json",
+            "merges.txt",
+            "spiece.model",
+        )
         assert path.name in names, path
 
 

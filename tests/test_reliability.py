@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -475,6 +476,26 @@ def test_a_flipped_bit_is_detected_or_without_effect(finished):
             path.write_bytes(content)
     assert num_detected > 150
     assert load_file(checkpoint / "state.safetensors")
+
+
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "model.safetensors"])
+def test_a_flipped_bit_in_an_exported_model_is_detected(place, copied, name):
+    check = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=copied, check=True
+    )
+    assert check.returncode == 0
+    content = bytearray((copied / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / name).write_bytes(content)
+    flags = {"do_eval": True, "model_name_or_path": copied, "config_name": None}
+    run = place.run(copied / "evaluation", **flags)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert f"{copied / name}: it does not match its checksum" in line
+
+    # A file that the user has replaced.
+    (copied / "SHA256SUMS").unlink()
+    assert place.run(copied / "evaluation", **flags).returncode == 0
 
 
 def test_a_run_with_a_flipped_bit_resumes_from_the_checkpoint_before(place, finished, copied):

@@ -109,7 +109,8 @@ class Soak:
         if first.poll() is None:
             self.check(second.returncode == 1 and len(second.lines) == 1, second)
             self.counts["second runs refused"] += 1
-        elif second.returncode == 0:
+        elif first.returncode != 0 and second.returncode == 0:
+            # The second one was first to take the lock.
             self.finish(second)
         first.kill()
 

@@ -57,7 +57,7 @@ def host(figures: dict) -> str:
             f"{found['prepared'] / 1e6:.2f}",
             f"{found['share']:.0%}",
             f"{found['batches'] / 1e6:.1f}",
-            f"{found['batches_by_rows'] / 1e6:.1f}",
+            f"{found['batches_by_rows'] / 1e6:.2f}",
         )
         rows.append(row)
     return table(("objective", "tokenizer", "prepared", "share", "batches", "by rows"), rows)

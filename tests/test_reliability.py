@@ -431,6 +431,10 @@ def test_a_folder_of_several_formats(place, tmp_path):
     (line,) = run.lines
     assert "several formats, json, text" in line
     (folder / "b.jsonl").unlink()
+    # These are no data.
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "c.jsonl").write_text("{}\n")
+    (folder / "dataset_infos.json").write_text("{}")
     assert place.run(tmp_path / "out", **TRAINING, **flags).returncode == 0
 
 

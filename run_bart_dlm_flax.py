@@ -39,6 +39,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -1654,7 +1655,11 @@ class TrainingLog:
     """
 
     def __init__(self, args, steps: range, steps_per_epoch: int | None):
-        self.writer = Writer(str(args.output_dir)) if is_writer(args) else None
+        self.writing_fails = f"{args.output_dir}: cannot write what TensorBoard shows"
+        self.writer = None
+        if is_writer(args):
+            with input_errors(self.writing_fails):
+                self.writer = Writer(str(args.output_dir))
         self.show_bars = is_writer(args) and not args.disable_tqdm and sys.stderr.isatty()
         self.steps = steps
         self.steps_per_epoch = steps_per_epoch
@@ -1707,9 +1712,10 @@ class TrainingLog:
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write values to TensorBoard and to the log."""
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+            with input_errors(self.writing_fails):
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, step)
+                self.writer.flush()
         shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
         logger.info(f"Step {step}: {shown}")
 
@@ -2148,20 +2154,20 @@ class OutputLock:
         """Raise InputError if another process has the lock. Changes no file."""
         self.checkpoints = list_checkpoints(self.output_dir)
         if self.path.exists():
-            with self.path.open("r+") as file:
+            with self.path.open("r+b") as file:
                 self.lock(file)
 
     def acquire(self) -> None:
         """Take the lock. Raises InputError if another run has it, or had it since `check`."""
         while self.file is None:
-            file = self.path.open("a+")
+            file = self.path.open("a+b", buffering=0)
             self.lock(file)
             # The run that had the lock may have deleted this file.
             if self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(file.fileno())):
                 self.file = file
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
+        with input_errors(f"{self.output_dir}: cannot write to it"):
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         if list_checkpoints(self.output_dir) != self.checkpoints:
             raise InputError(
                 f"--output_dir {self.output_dir}: another run has saved checkpoints there since "
@@ -2177,9 +2183,10 @@ class OutputLock:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
+            holder = file.read().decode() or "another process"
             raise InputError(
-                f"--output_dir {self.output_dir}: {file.read() or 'another process'} writes to "
-                "it; wait until it ends, or choose another folder"
+                f"--output_dir {self.output_dir}: {holder} writes to it; wait until it ends, or "
+                "choose another folder"
             ) from error
         except OSError as error:
             logger.warning(f"{self.path}: this file system has no locks: {error}")
@@ -2282,6 +2289,16 @@ def is_writer(args) -> bool:
     return not args.distributed or jax.process_index() == 0
 
 
+def leave_out_os_errors(info) -> None:
+    """A `threading.excepthook` for TensorBoard 2.20, whose thread writes to the disk.
+
+    When the disk is full, the thread would print a traceback. `TrainingLog.scalars` gets the same
+    error and raises it.
+    """
+    if not issubclass(info.exc_type, OSError):
+        threading.__excepthook__(info)
+
+
 @contextmanager
 def process_settings(args):
     """Set up the cluster, signals, logging, bars and the compilation cache.
@@ -2295,6 +2312,9 @@ def process_settings(args):
         for number in STOP_SIGNALS:
             undo.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
         stop.handle(stop.exit_now)
+
+        undo.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = leave_out_os_errors
 
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))

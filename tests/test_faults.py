@@ -646,7 +646,7 @@ def check_failed_save(run, output_dir: Path, first: int):
 
 
 @template_alone
-@pytest.mark.parametrize("free", [4096, 100_000])
+@pytest.mark.parametrize("free", [0, 4096, 8192, 100_000])
 def test_full_disk(place, undisturbed, expected, small_disk, free):
     """`free` is the number of bytes that are free when the run starts."""
     output_dir = small_disk / "output"

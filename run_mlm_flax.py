@@ -2155,6 +2155,9 @@ class StopSignals:
             # A process that tokenizes for this one has inherited the handler.
             os._exit(128 + number)
         self.exiting = number
+        # Python drops an exception in a callback of the garbage collector. JAX has one. If that is
+        # where the signal came, the run stops as if it had come in training.
+        self.received = max(self.received, number)
         sys.exit(128 + number)
 
     def record(self, number, frame) -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import signal
 import sys
 
@@ -12,7 +13,7 @@ import huggingface_hub
 import jax
 import pytest
 import transformers
-from training_scripts import SCRIPTS, write_text
+from training_scripts import SCRIPTS, checkpoints, write_text
 
 
 def settings_of_process() -> dict:
@@ -62,6 +63,41 @@ def test_main_runs_several_times_in_one_process(tmp_path, monkeypatch):
         losses.append(results["eval_loss"])
     assert len(losses) == 5
     assert losses[0] == losses[-1]
+
+
+class DropsExceptions:
+    """Sends a signal where Python drops exceptions, as in a callback of the garbage collector."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_callback_of_the_garbage_collector(tmp_path, monkeypatch):
+    """The run stops after a step, and saves."""
+    script = SCRIPTS[0]
+    module = importlib.import_module(script.path.stem)
+    plan_steps = module.plan_steps
+
+    def plan_steps_after_the_signal(*args):
+        DropsExceptions()
+        return plan_steps(*args)
+
+    monkeypatch.setattr(module, "plan_steps", plan_steps_after_the_signal)
+    text = write_text(tmp_path / "text.txt", 60, seed=1)
+    script.write_model(tmp_path / "model")
+    flags = {
+        "output_dir": tmp_path / "out",
+        "config_name": tmp_path / "model",
+        "tokenizer_name": tmp_path / "model",
+        "max_steps": 5,
+        "per_device_train_batch_size": 1,
+        "train_file": text,
+    }
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    with pytest.raises(SystemExit, match=f"^{128 + signal.SIGTERM}$"):
+        module.main(["--do_train", *argv, *script.flags])
+    assert checkpoints(tmp_path / "out") == [1]
 
 
 def test_an_error_is_one_line_and_restores_the_process(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,9 @@ as a child process and returns what the child noted. Times are in seconds:
     bare                                         median time of a step of the same compiled program
                                                  on a batch that is already on the devices
     ratio                                        median ratio of the former to the latter
-    process                                      the whole run
+    process                                      the whole run, with what is measured after it
+    run                                          the whole run
+    steps_per_second                             of the run, after the first ten
 
 For `loop`, `bare` and `ratio`, segments of `segment` steps of the run alternate with segments of as
 many bare steps, so that other work on the machine slows both down alike. `tokens` and `flops` count
@@ -21,6 +23,7 @@ one step on all devices. `product_flops` is the rate of a large matrix product.
 import json
 import os
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
@@ -352,6 +355,8 @@ class Notes:
     def __init__(self, script, settings: dict):
         self.settings = settings
         self.num_steps = 0
+        # When each step was dispatched.
+        self.dispatched = []
         # State, totals and batch after the last step.
         self.last = None
         # Seconds per step, of the run and of the bare steps, for each segment.
@@ -406,6 +411,7 @@ class Notes:
         state, totals = self.train_step(state, totals, batch)
         self.last = (state, totals, batch)
         self.num_steps += 1
+        self.dispatched.append(time.perf_counter())
         if self.num_steps == 1:
             self.time_first_step(begin)
         segment = self.settings.get("segment")
@@ -448,10 +454,15 @@ class Notes:
         import jax
 
         found = self.found
+        found["run"] = time.time() - self.settings["start"]
         batch = self.last[-1]
         found["tokens"] = batch["attention_mask"].size * jax.process_count()
         traced = jax.make_jaxpr(self.undonated_train_step)(*self.last)
         found["flops"] = count_flops(traced.jaxpr) * jax.device_count()
+        if len(self.dispatched) > WARM_UP:
+            # The host stays one step ahead of the devices.
+            seconds = self.dispatched[-1] - self.dispatched[WARM_UP - 1]
+            found["steps_per_second"] = (len(self.dispatched) - WARM_UP) / seconds
         if self.segments:
             found["loop"] = statistics.median(loop for loop, _ in self.segments)
             found["bare"] = statistics.median(bare for _, bare in self.segments)
@@ -462,6 +473,10 @@ class Notes:
         memory = [device.memory_stats() for device in jax.local_devices()]
         peaks = [stats["peak_bytes_in_use"] for stats in memory if stats]
         found["peak_bytes"] = max(peaks, default=None)
+        found["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # The compiled step lies in the persistent cache.
+        plan = self.train_step.lower(*self.last).compile().memory_analysis()
+        found["planned_bytes"] = plan.argument_size_in_bytes + plan.temp_size_in_bytes
         found["device"] = jax.local_devices()[0].device_kind
         found["jax"] = jax.__version__
         if jax.process_index() == 0:

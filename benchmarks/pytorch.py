@@ -1,0 +1,320 @@
+#!/usr/bin/env python
+"""Compare the scripts with PyTorch: the same model, data, optimizer and number of steps.
+
+    make pytorch
+    python benchmarks/pytorch.py [--python .venv-pytorch/bin/python] [--objectives masked causal]
+        [--sizes small base] [--dtypes float32 bfloat16] [--rows 8] [--length 128] [--steps 300]
+        [--pairs 3] [--compile] [--json FILE]
+
+PyTorch's side is the Trainer of Transformers 5 with its models (scaled_dot_product_attention) and
+DataCollatorForLanguageModeling. It runs in an environment of its own. For the span-masked and the
+denoising objective, its collator is the loop over tokens of the other benchmarks. Both sides begin
+with the same weights and alternate. Each evaluates the same text at the end. Columns, medians of
+the pairs:
+
+    steps/s       steps a second after the first ten, for the script and for PyTorch, and the ratio
+    first step    seconds from the command to the end of the first step
+    run           seconds of the whole process
+    memory        peak in GB: of the device, or, on a CPU, of the process
+    eval loss     of the same evaluation set, which each side masks in its own way
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 10  # steps
+FLAGS = {
+    "learning_rate": 1e-4,
+    "weight_decay": 0.01,
+    "warmup_steps": 100,
+    "seed": 42,
+}
+
+# --------------------------------------------------------------- PyTorch's side: the child process
+
+
+def make_pytorch_model(model_type: str, folder: str):
+    """Make the model of a folder's configuration, or load its weights if it has some."""
+    import transformers
+
+    names = {
+        "roberta": "AutoModelForMaskedLM",
+        "gpt2": "AutoModelForCausalLM",
+        "t5": "AutoModelForSeq2SeqLM",
+        "bart": "AutoModelForSeq2SeqLM",
+    }
+    auto_class = getattr(transformers, names[model_type])
+    if (Path(folder) / "model.safetensors").exists():
+        return auto_class.from_pretrained(folder)
+    transformers.set_seed(FLAGS["seed"])
+    return auto_class.from_config(transformers.AutoConfig.from_pretrained(folder))
+
+
+def read_blocks(tokenizer, text: str, length: int) -> list[dict]:
+    """Tokenize a text file, concatenate its lines and cut them into blocks of `length` tokens."""
+    lines = Path(text).read_text("utf-8").splitlines(keepends=True)
+    tokens = []
+    for ids in tokenizer(lines, verbose=False)["input_ids"]:
+        tokens += ids
+    starts = range(0, len(tokens) - length + 1, length)
+    return [{"input_ids": tokens[start : start + length]} for start in starts]
+
+
+class StepTimes:
+    """The time at the end of each step."""
+
+    def __init__(self):
+        self.times = []
+
+    def callback(self):
+        """Make a callback of the Trainer that notes the times."""
+        import torch
+        from transformers import TrainerCallback
+
+        times = self.times
+
+        class NoteTimes(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                # Only where the count begins and ends does the host wait for the GPU.
+                if torch.cuda.is_available() and state.global_step in (1, WARM_UP, state.max_steps):
+                    torch.cuda.synchronize()
+                times.append(time.time())
+
+        return NoteTimes()
+
+
+def run_pytorch(settings: dict) -> None:
+    """Train by the Trainer of Transformers, and write what was measured to a file."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings["folder"])
+    model = make_pytorch_model(settings["model_type"], settings["folder"])
+    if settings["initialize"]:
+        model.save_pretrained(settings["folder"])
+        return
+    has_gpu = torch.cuda.is_available()
+    step_times = StepTimes()
+    arguments = transformers.TrainingArguments(
+        output_dir=settings["output_dir"],
+        per_device_train_batch_size=settings["rows"],
+        per_device_eval_batch_size=8,
+        max_steps=settings["steps"],
+        lr_scheduler_type="linear",
+        optim="adamw_torch_fused" if has_gpu else "adamw_torch",
+        max_grad_norm=0,
+        bf16=settings["dtype"] == "bfloat16",
+        tf32=True if has_gpu else None,
+        torch_compile=settings["compile"],
+        dataloader_num_workers=2 if has_gpu else 0,
+        dataloader_drop_last=True,
+        use_cpu=not has_gpu,
+        logging_steps=settings["steps"],
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **FLAGS,
+    )
+    collator = transformers.DataCollatorForLanguageModeling(
+        tokenizer, mlm=settings["model_type"] == "roberta", mlm_probability=0.15
+    )
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        data_collator=collator,
+        train_dataset=read_blocks(tokenizer, settings["text"], settings["length"]),
+        eval_dataset=read_blocks(tokenizer, settings["eval_text"], settings["length"]),
+        callbacks=[step_times.callback()],
+    )
+    trainer.train()
+    eval_loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    times = step_times.times
+    memory = torch.cuda.max_memory_allocated() if has_gpu else peak_memory()
+    found = {
+        "steps_per_second": (len(times) - WARM_UP) / (times[-1] - times[WARM_UP - 1]),
+        "first_step": times[0] - settings["start"],
+        "memory": memory,
+        "eval_loss": eval_loss,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if has_gpu else "cpu",
+    }
+    Path(settings["notes"]).write_text(json.dumps(found))
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ------------------------------------------------------------------------------- the parent process
+
+
+class Comparison:
+    """Runs of both sides with one model, data type and text."""
+
+    def __init__(self, args, directory: Path, objective: str, size: str, dtype: str):
+        import harness
+
+        self.args = args
+        self.directory = directory
+        self.objective = objective
+        self.dtype = dtype
+        self.model_type = harness.OBJECTIVES[objective].model_type
+        self.text = harness.write_corpus(directory, args.megabytes)
+        self.eval_text = directory / "eval.txt"
+        lines = self.text.read_text("utf-8").splitlines(keepends=True)
+        self.eval_text.write_text("".join(lines[:: max(1, len(lines) // 500)]), "utf-8")
+        self.folder = harness.write_model(
+            directory, self.text, self.model_type, size, args.length, args.vocab_size
+        )
+        if not (self.folder / "model.safetensors").exists():
+            self.start_pytorch(initialize=True)
+
+    def start_pytorch(self, initialize: bool = False) -> dict:
+        """Run PyTorch's side and return what it notes."""
+        notes = self.directory / "pytorch.json"
+        settings = {
+            "initialize": initialize,
+            "model_type": self.model_type,
+            "folder": str(self.folder),
+            "text": str(self.text),
+            "eval_text": str(self.eval_text),
+            "output_dir": str(self.directory / "pytorch"),
+            "rows": self.args.rows,
+            "length": self.args.length,
+            "steps": self.args.steps,
+            "dtype": self.dtype,
+            "compile": self.args.compile,
+            "notes": str(notes),
+            "start": time.time(),
+        }
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        run = subprocess.run(
+            [self.args.python, __file__, "--child", json.dumps(settings)],
+            env=environment | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if run.returncode != 0:
+            sys.exit(run.stderr)
+        if initialize:
+            return {}
+        return json.loads(notes.read_text()) | {"run": time.time() - settings["start"]}
+
+    def start_script(self) -> dict:
+        """Run the script of this project and return what it notes."""
+        import harness
+
+        output_dir = self.directory / "script"
+        script, flags = harness.command(
+            self.objective,
+            self.folder,
+            self.text,
+            output_dir,
+            self.args.rows,
+            self.args.length,
+            model_name_or_path=self.folder,
+            validation_file=self.eval_text,
+            do_eval=True,
+            per_device_eval_batch_size=self.args.rows,
+            max_steps=self.args.steps,
+            eval_steps=10**6,
+            logging_steps=self.args.steps,
+            dtype=self.dtype,
+            **FLAGS,
+        )
+        # The command of the other benchmarks trains from scratch.
+        flags = [flag for flag in flags if not flag.startswith(("--model_type", "--config_name"))]
+        product = [self.dtype, self.args.product]
+        found = harness.run(self.directory, script, flags, product=product)
+        results = json.loads((output_dir / "eval_results.json").read_text())
+        return {
+            **found,
+            "first_step": found["to_first_step"] + found["first_step"],
+            "memory": found["peak_bytes"] or found["peak_memory"],
+            "eval_loss": results["eval_loss"],
+        }
+
+    def measure(self) -> dict:
+        """Alternate the two sides. Returns the notes of all runs by side."""
+        runs = {"script": [], "pytorch": []}
+        for pair in range(self.args.pairs):
+            print(f"pair {pair + 1} of {self.args.pairs}", file=sys.stderr)
+            runs["script"].append(self.start_script())
+            runs["pytorch"].append(self.start_pytorch())
+        return runs
+
+
+def report_line(runs: dict) -> str:
+    """A line of the table for the terminal: each column for the script and for PyTorch."""
+    cells = []
+    for name, scale, digits in (
+        ("steps_per_second", 1, 2),
+        ("first_step", 1, 1),
+        ("run", 1, 1),
+        ("memory", 1e9, 2),
+        ("eval_loss", 1, 3),
+    ):
+        for side in ("script", "pytorch"):
+            value = statistics.median(run[name] for run in runs[side]) / scale
+            cells.append(f"{value:9.{digits}f}")
+        if name == "steps_per_second":
+            pairs = zip(runs["script"], runs["pytorch"], strict=True)
+            ratio = statistics.median(ours[name] / theirs[name] for ours, theirs in pairs)
+            cells.append(f"{ratio:7.2f}")
+    return "".join(cells)
+
+
+def main():
+    if sys.argv[1:2] == ["--child"]:
+        run_pytorch(json.loads(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", default=ROOT / ".venv-pytorch/bin/python", help="with PyTorch")
+    parser.add_argument("--objectives", nargs="+", default=["masked", "causal"])
+    parser.add_argument("--sizes", nargs="+", choices=["small", "base"], default=["small", "base"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rows", type=int, default=8, help="sequences in a batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument("--steps", type=int, default=300, help="steps of a run")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--vocab_size", type=int, default=8000)
+    parser.add_argument("--megabytes", type=float, default=1, help="size of the text")
+    parser.add_argument("--product", type=int, default=2048, help="size of the large product")
+    parser.add_argument("--compile", action="store_true", help="PyTorch uses torch.compile")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    import harness
+
+    names = ("steps/s", "ratio", "first step", "run", "memory", "eval loss")
+    print(f"{'':29}" + "".join(f"{name:>{7 if name == 'ratio' else 18}}" for name in names))
+    figures = []
+    with tempfile.TemporaryDirectory() as directory:
+        for objective in args.objectives:
+            for size in args.sizes:
+                for dtype in args.dtypes:
+                    comparison = Comparison(args, Path(directory), objective, size, dtype)
+                    runs = comparison.measure()
+                    figures.append(
+                        {"objective": objective, "size": size, "dtype": dtype, "runs": runs}
+                    )
+                    print(f"{objective:12}{size:7}{dtype:10}{report_line(runs)}", flush=True)
+                    harness.write_json(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -308,9 +308,11 @@ class TrainingArguments:
     gradient_accumulation_steps: int = HfArg(
         default=1, help="Number of batches whose gradients are summed for each optimizer step."
     )
-    gradient_checkpointing: bool = HfArg(
-        default=False,
-        help="Recompute activations in the backward pass. Saves memory and takes more time.",
+    gradient_checkpointing: Literal["auto", "none", "attention", "layers"] = HfArg(
+        default="auto",
+        metadata={"nargs": "?", "const": "layers"},
+        help="What to recompute in the backward pass. This saves memory and takes time. auto: "
+        "attention from 512 tokens on. Without a value: layers.",
     )
     num_train_epochs: float = HfArg(
         default=3.0, help="Passes over the training data. May be fractional."
@@ -738,28 +740,39 @@ def loss_sums(params, batch, model, dropout_rng=None):
     return sums["loss"], sums
 
 
-def recompute_blocks(loss_fn):
-    """Make `loss_fn` recompute each block of layers in the backward pass. This saves memory.
+def recompute(loss_fn, part: str):
+    """Make `loss_fn` recompute a part of the model in the backward pass. This saves memory.
 
-    Of a block, only the input is kept, and none of the activations. In Transformers, the modules
-    whose name is a number are the blocks. An interceptor wraps their calls in `nn.remat`, because
-    few of the Flax classes support gradient checkpointing themselves.
+    Args:
+        loss_fn: A loss of the model.
+        part: "layers" or "attention". Only the inputs of these modules are kept, not what they
+            compute. The weights of attention, [batch, heads, length, length] in each layer, take
+            most of the memory of long sequences, and little time to compute again (selective
+            recomputation, Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198).
+
+    In Transformers, a module whose name is a number is a layer, and the class of an attention
+    module has a name that ends in Attention. An interceptor wraps their calls in `nn.remat`,
+    because few of the Flax classes support gradient checkpointing themselves.
     """
 
+    def is_part(module) -> bool:
+        if part == "attention":
+            return type(module).__name__.endswith("Attention")
+        return bool(module.path) and module.path[-1].isdigit()
+
     def loss_fn_that_recomputes(*loss_args, **loss_kwargs):
-        is_inside_block = False
+        is_inside_part = False
 
         def interceptor(next_function, args, kwargs, context):
-            nonlocal is_inside_block
-            path = context.module.path
-            is_block = context.method_name == "__call__" and path and path[-1].isdigit()
-            if not is_block or is_inside_block:
+            nonlocal is_inside_part
+            is_call = context.method_name == "__call__"
+            if is_inside_part or not is_call or not is_part(context.module):
                 return next_function(*args, **kwargs)
 
-            # The call of the block by nn.remat comes through this interceptor again.
-            is_inside_block = True
-            outputs = nn.remat(lambda block: block(*args, **kwargs))(context.module)
-            is_inside_block = False
+            # The call of the module by nn.remat comes through this interceptor again.
+            is_inside_part = True
+            outputs = nn.remat(lambda module: module(*args, **kwargs))(context.module)
+            is_inside_part = False
             return outputs
 
         with nn.intercept_methods(interceptor):
@@ -768,10 +781,22 @@ def recompute_blocks(loss_fn):
     return loss_fn_that_recomputes
 
 
+def part_to_recompute(args, length: int) -> str:
+    """The part of the model that the backward pass recomputes: "none", or a part of `recompute`.
+
+    By default it is attention if sequences have 512 tokens or more. So the documented commands fit
+    a TPU v3-8, for at most 7% more operations (benchmarks/accelerators.py).
+    """
+    if args.gradient_checkpointing == "auto":
+        return "attention" if length >= 512 else "none"
+    return args.gradient_checkpointing
+
+
 def make_loss_fn(args, model, collator):
     """`loss_sums` as a function of (params, batch, dropout_rng)."""
     loss_fn = partial(loss_sums, model=model)
-    return recompute_blocks(loss_fn) if args.gradient_checkpointing else loss_fn
+    part = part_to_recompute(args, collator.max_length)
+    return loss_fn if part == "none" else recompute(loss_fn, part)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1533,7 +1558,12 @@ def parse_args(argv: list[str]):
     if len(argv) == 1 and argv[0].endswith(".json"):
         with input_errors(f"{argv[0]}: cannot read a JSON object"):
             settings = json.loads(Path(argv[0]).read_text("utf-8")).items()
-        argv = [f"--{name}={value}" for name, value in settings if value is not None]
+        argv = []
+        for name, value in settings:
+            if value is True:
+                argv.append(f"--{name}")
+            elif value is not None:
+                argv.append(f"--{name}={value}")
     parser = HfArgumentParser(
         (ModelArguments, DataTrainingArguments, TrainingArguments),
         allow_abbrev=False,

@@ -97,7 +97,7 @@ def plain_step(state, totals, batch, seed, model, checkpointing):
         return optax.softmax_cross_entropy(logits.astype(jnp.float32), one_hot).mean()
 
     if checkpointing:
-        loss_fn = script.recompute_blocks(loss_fn)
+        loss_fn = script.recompute(loss_fn, "layers")
     loss_and_grads = jax.value_and_grad(loss_fn)(state.params)
     loss, grads = jax.lax.pmean(loss_and_grads, "batch")
     totals = {**totals, "loss": loss, "predicted": jnp.float32(1)}
@@ -119,7 +119,7 @@ def make_step(args, model, schedule, plain: bool, checkpointing: bool):
         return partial(plain_step, model=model, checkpointing=checkpointing, seed=args.seed)
     loss_fn = partial(script.loss_sums, model=model)
     if checkpointing:
-        loss_fn = script.recompute_blocks(loss_fn)
+        loss_fn = script.recompute(loss_fn, "layers")
     return partial(script.train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed)
 
 

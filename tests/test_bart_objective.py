@@ -932,7 +932,8 @@ def test_the_logits_of_a_batch_never_exist_at_once():
     assert f"[{chunk},{VOCAB_SIZE}]" in in_chunks.as_text()
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("part", ["layers", "attention"])
+def test_gradient_checkpointing_changes_no_gradient(part):
     """Recomputation draws the same dropout masks. Other masks would give other gradients."""
     model, _ = make_model("bart")
     params, plain, _ = programs(True)
@@ -940,7 +941,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     key = dropout_key()
 
     def checkpointed_loss(params):
-        loss_fn = bart.recompute_blocks(bart.loss_sums)
+        loss_fn = bart.recompute(bart.loss_sums, part)
         return loss_fn(unflatten_dict(params), batch, model, key)
 
     grads, sums = compiled(jax.grad(checkpointed_loss, has_aux=True), params)(params)
@@ -956,7 +957,7 @@ def count_saved_values(family: str, checkpointing: bool, layers: int) -> int:
     key = dropout_key()
 
     def loss(params):
-        loss_fn = bart.recompute_blocks(bart.loss_sums) if checkpointing else bart.loss_sums
+        loss_fn = bart.recompute(bart.loss_sums, "layers") if checkpointing else bart.loss_sums
         return loss_fn(params, batch, model, key)[0]
 
     backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)

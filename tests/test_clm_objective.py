@@ -195,7 +195,7 @@ def test_every_family_is_tested():
     assert set(FAMILIES) == {config.model_type for config in FLAX_MODEL_FOR_CAUSAL_LM_MAPPING}
 
 
-def check_loss_and_gradients(model, params, checkpointing: tuple[bool, ...]):
+def check_loss_and_gradients(model, params, parts=("none",)):
     """Compare with the full computation.
 
     One row fills up a partial batch. No number of chunks divides the length.
@@ -204,8 +204,8 @@ def check_loss_and_gradients(model, params, checkpointing: tuple[bool, ...]):
     full = jax.value_and_grad(full_loss, has_aux=True)
     (expected, predicted), expected_grads = full(params, batch, model)
     results = []
-    for recomputes in checkpointing:
-        loss_fn = clm.recompute_blocks(clm.loss_sums) if recomputes else clm.loss_sums
+    for part in parts:
+        loss_fn = clm.loss_sums if part == "none" else clm.recompute(clm.loss_sums, part)
         in_chunks = jax.value_and_grad(loss_fn, has_aux=True)
         results.append(in_chunks(params, batch, model, KEY))
     assert predicted == (batch["labels"][:, 1:] != -100).sum()
@@ -226,12 +226,12 @@ def check_loss_and_gradients(model, params, checkpointing: tuple[bool, ...]):
 
 
 def test_loss_and_gradients_equal_the_full_computation(model_and_params):
-    check_loss_and_gradients(*model_and_params, checkpointing=(False, True))
+    check_loss_and_gradients(*model_and_params, parts=("none", "layers", "attention"))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(ALWAYS_UNTIED)))
 def test_loss_and_gradients_with_tied_embeddings(family, tmp_path):
-    check_loss_and_gradients(*make_model(family, tmp_path, tied=True), checkpointing=(False,))
+    check_loss_and_gradients(*make_model(family, tmp_path, tied=True))
 
 
 def test_no_token_sees_the_next_one(model_and_params):

@@ -89,7 +89,7 @@ def test_initial_weights_leave_the_device(script, tmp_path):
         dtype="float32",
         model_name_or_path=None,
         hub_options={},
-        gradient_checkpointing=False,
+        gradient_checkpointing="none",
         seed=0,
     )
     model, params = module.load_model(args, config)

@@ -59,7 +59,7 @@ def round_before_lookup(next_function, args, kwargs, context):
 
 def train_step_of(script, module, dtype: str, config):
     """Return the script's training step and a state for it, both for one device."""
-    args = Namespace(dtype=dtype, model_name_or_path=None, gradient_checkpointing=False, seed=0)
+    args = Namespace(dtype=dtype, model_name_or_path=None, gradient_checkpointing="none", seed=0)
     model, params = module.load_model(args, config)
     options = {
         "roberta": {"num_slots": lambda num_tokens: num_tokens},

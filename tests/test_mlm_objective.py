@@ -532,11 +532,12 @@ def check_recomputed_gradients(loss_fn, recomputing_loss_fn, params, rtol: float
         )
 
 
+@pytest.mark.parametrize("part", ["layers", "attention"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_gradient_checkpointing_changes_no_gradient(family):
+def test_gradient_checkpointing_changes_no_gradient(family, part):
     model, params = make_model(family, **DROPOUT[family])
     _, batch = next(head_batches())
-    recomputing = mlm.recompute_blocks(masked_loss)
+    recomputing = mlm.recompute(masked_loss, part)
     check_recomputed_gradients(
         lambda params, key: masked_loss(params, batch, model, key)[0],
         lambda params, key: recomputing(params, batch, model, key)[0],
@@ -545,9 +546,13 @@ def test_gradient_checkpointing_changes_no_gradient(family):
     )
 
 
+@pytest.mark.parametrize("part", ["layers", "attention"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_gradient_checkpointing_keeps_less(family):
-    """Of a layer, the input is kept, and not the many arrays of its activations."""
+def test_gradient_checkpointing_keeps_less(family, part):
+    """Of a layer, the input is kept, and not the many arrays of its activations.
+
+    Of attention, no array of [batch, heads, length, length] is kept.
+    """
     model, params = make_model(family, **DROPOUT[family])
     _, batch = next(head_batches())
     key = jax.random.key(0, impl="rbg")
@@ -558,10 +563,15 @@ def test_gradient_checkpointing_keeps_less(family):
 
         backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
         shapes = [x.shape for x in jax.tree.leaves(backward)]
+        if part == "attention":
+            weights = (BATCH, model.config.num_attention_heads, LENGTH, LENGTH)
+            return sum(math.prod(shape) for shape in shapes if shape == weights)
         # Parameters do not have the batch's size on their first axis.
         return sum(math.prod(shape) for shape in shapes if shape[:1] == (BATCH,))
 
-    assert num_saved(mlm.recompute_blocks(masked_loss)) < 0.3 * num_saved(masked_loss)
+    before = num_saved(masked_loss)
+    assert before > 0
+    assert num_saved(mlm.recompute(masked_loss, part)) < (0.3 * before if part == "layers" else 1)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -637,3 +647,19 @@ def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
     loss, sums = masked_loss({}, batch, ModelOfLogits(logits))
     assert all(value.dtype == jnp.float32 for value in (loss, *sums.values()))
     assert loss == pytest.approx(losses[labels != -100].sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "length", "part"),
+    [
+        ([], 511, "none"),
+        ([], 512, "attention"),
+        (["--gradient_checkpointing"], 128, "layers"),
+        (["--gradient_checkpointing=attention"], 128, "attention"),
+        (["--gradient_checkpointing=none"], 1024, "none"),
+    ],
+)
+def test_what_is_recomputed(flags, length, part):
+    required = ["--output_dir=o", "--config_name=c", "--tokenizer_name=t", "--train_file=f.txt"]
+    args = mlm.parse_args([*required, *flags])
+    assert mlm.part_to_recompute(args, length) == part

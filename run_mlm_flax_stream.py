@@ -1916,6 +1916,8 @@ def restore(checkpoints: list[Path], state, settings: dict, num_steps: int):
             # A damaged file can raise anything.
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             logger.warning(f"{checkpoint} cannot be read and is skipped: {reason}")
+    # Another run may have begun in the meantime, and have replaced them.
+    OutputLock(checkpoints[0].parents[1]).check()
     raise InputError(
         f"{checkpoints[0].parent}: no readable checkpoint; choose another --output_dir"
     )

@@ -194,11 +194,12 @@ def make_args(script, workload: Workload, dtype: str, flags: str):
     return script.parse_args(words)
 
 
-def make_loss_fn(script, objective: str, args, model):
+def make_loss_fn(script, objective: str, args, model, length: int):
     """Make the loss of the steps as the script does, without a tokenizer for the collator."""
-    collator = None
+    collator = SimpleNamespace(max_length=length)
     if objective == "masked":
-        collator = SimpleNamespace(mlm_probability=args.mlm_probability, whole_words=False)
+        collator.mlm_probability = args.mlm_probability
+        collator.whole_words = False
         collator.num_slots = partial(script.FlaxDataCollatorForLanguageModeling.num_slots, collator)
     return script.make_loss_fn(args, model, collator)
 
@@ -268,7 +269,7 @@ def lower_step(objective: str, config, workload: Workload, dtype: str, flags: st
     args = make_args(script, workload, dtype, flags)
     schedule = script.make_schedule(args, 10_000)
     model, state = make_model_and_state(script, args, config, schedule)
-    loss_fn = make_loss_fn(script, objective, args, model)
+    loss_fn = make_loss_fn(script, objective, args, model, workload.length)
     if step == "plain":
         loss_fn = make_plain_loss_fn(objective, script.IGNORE, model)
 
@@ -322,7 +323,8 @@ def report_line(row: dict) -> str:
     target = TARGETS[row["target"]]
     cells = f"{row['target']:6} {row['objective']:12} {row['dtype']:9} {row['step']:11}"
     if "needed" in figures:
-        needed, limit = figures["needed"] / 1e9, figures["limit"] / 1e9
+        needed = figures["needed"] / 1e9
+        limit = figures["limit"] / 1e9
         return f"{cells} does not fit: {needed:.1f} GB of temporaries, {limit:.1f} GB of memory"
     cells += f"{figures['state'] / 1e9:6.2f} {figures['temporaries'] / 1e9:12.2f}"
     if "flops" in figures:

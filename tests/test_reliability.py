@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import pytest
 from safetensors.numpy import load_file
 from test_faults import EXPORTED, differing, outcome
 from training_scripts import Place, checkpoints, template_alone
+
+import run_mlm_flax
 
 pytestmark = template_alone
 TRAINING = {"max_steps": 12, "save_steps": 3, "logging_steps": 1, "save_total_limit": 5}
@@ -86,6 +89,30 @@ def test_two_runs_that_start_at_once(place, finished, tmp_path):
     assert str(output_dir) in line
     for name in EXPORTED:
         assert (output_dir / name).read_bytes() == (finished / name).read_bytes()
+
+
+HOLD_LOCK = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 1 on host")
+file.flush()
+print(flush=True)
+time.sleep(600)
+"""
+
+
+def test_checkpoints_that_another_run_replaces_while_they_are_read(copied):
+    """The message names the other run. It does not say that the checkpoints are damaged."""
+    found = run_mlm_flax.list_checkpoints(copied)
+    # The other run takes the lock after this one has looked for it, and deletes all of them.
+    shutil.rmtree(copied / "checkpoints")
+    command = [sys.executable, "-c", HOLD_LOCK, str(copied / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(run_mlm_flax.InputError, match="process 1 on host writes to it"):
+            run_mlm_flax.restore(found, state=None, settings={}, num_steps=12)
+        other.kill()
 
 
 # ---------------------------------------------------------------------------------------

@@ -5,21 +5,28 @@ PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART ?= quickstart
 OLDEST ?= .venv-oldest
+ACCELERATORS ?= .venv-accelerators
+PYTORCH ?= .venv-pytorch
 PYTHON_OLDEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo $(PYTHON))
 
 # Stamps: an environment is installed into again only when its list of requirements has changed.
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_OLDEST := $(OLDEST)/.installed
+INSTALLED_ACCELERATORS := $(ACCELERATORS)/.installed
+INSTALLED_PYTORCH := $(PYTORCH)/.installed
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: help env quickstart test test-oldest lint format fix-copies clean
+.PHONY: help env quickstart test test-oldest test-accelerators accelerators pytorch lint format fix-copies clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   train a small model on Python's documentation (5 minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests marked smoke with the oldest supported packages"
+	@echo "make test-accelerators  compile the steps of all scripts for a TPU"
+	@echo "make accelerators make the environment of benchmarks/accelerators.py"
+	@echo "make pytorch      make the environment of benchmarks/pytorch.py"
 	@echo "make lint         check the style"
 	@echo "make format       fix most of what lint finds"
 	@echo "make fix-copies   copy the shared code of run_mlm_flax.py into the other scripts"
@@ -53,6 +60,20 @@ $(INSTALLED_OLDEST): requirements.txt requirements-dev.txt
 		--requirement requirements.txt --requirement requirements-dev.txt
 	@touch $@
 
+$(INSTALLED_ACCELERATORS): requirements.txt requirements-dev.txt benchmarks/accelerators.txt
+	@echo "Making an environment with the compiler of TPUs in $(ACCELERATORS) ..."
+	@$(PYTHON) -m venv $(ACCELERATORS)
+	@$(ACCELERATORS)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--requirement requirements.txt --requirement requirements-dev.txt \
+		--requirement benchmarks/accelerators.txt
+	@touch $@
+
+$(INSTALLED_PYTORCH): benchmarks/pytorch.txt
+	@echo "Making an environment with PyTorch in $(PYTORCH) ..."
+	@$(PYTHON) -m venv $(PYTORCH)
+	@$(PYTORCH)/bin/python -m pip --disable-pip-version-check install --quiet --requirement benchmarks/pytorch.txt
+	@touch $@
+
 quickstart: $(INSTALLED)
 	@$(VENV)/bin/python quickstart.py --directory $(QUICKSTART)
 
@@ -63,6 +84,17 @@ test: $(INSTALLED_DEV)
 test-oldest: $(INSTALLED_OLDEST) $(INSTALLED)
 	OTHER_PYTHON=$(abspath $(VENV)/bin/python) \
 		$(OLDEST)/bin/python -m pytest -q -m smoke --durations=10 --numprocesses=2 --dist=worksteal
+
+# The steps compile for a TPU that is not there.
+test-accelerators: $(INSTALLED_ACCELERATORS)
+	$(ACCELERATORS)/bin/python -m pytest -q --numprocesses=2 tests/test_accelerators.py
+
+# The environments of benchmarks/accelerators.py and benchmarks/pytorch.py.
+accelerators: $(INSTALLED_ACCELERATORS)
+	@$(ACCELERATORS)/bin/python benchmarks/accelerators.py --help
+
+pytorch: $(INSTALLED_PYTORCH) $(INSTALLED_DEV)
+	@$(VENV)/bin/python benchmarks/pytorch.py --help
 
 lint: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m ruff check .

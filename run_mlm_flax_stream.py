@@ -29,10 +29,12 @@ the disk.
 import fcntl
 import glob
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -154,6 +156,9 @@ LOCK_FILE = ".lock"
 # The checksums of an exported model, for `sha256sum --check`.
 CHECKSUM_FILE = "SHA256SUMS"
 
+# Settings of a config that --config_overrides leaves alone: they say what the config is.
+FIXED_SETTINGS = ("model_type", "architectures", "transformers_version")
+
 # Files of a checkpoint, which is the folder checkpoints/STEP.
 STATE_FILE = "state.safetensors"
 RUN_FILE = "run.json"
@@ -204,6 +209,11 @@ class ModelArguments:
     )
     config_name: str | None = HfArg(
         default=None, help="Hub id or folder of a config. Default: that of --model_name_or_path."
+    )
+    config_overrides: str | None = HfArg(
+        default=None,
+        help="Settings of the config to replace in a model that is trained from scratch, such as "
+        "n_layer=2,n_embd=128,n_head=2. A list is written as in JSON.",
     )
     tokenizer_name: str | None = HfArg(
         default=None, help="Hub id or folder of a tokenizer. Default: that of --model_name_or_path."
@@ -1025,7 +1035,7 @@ def load_config_and_tokenizer(args):
 
     Returns config, tokenizer and length. Raises InputError if they do not fit.
     """
-    config = load_config(args)
+    config = override_config(load_config(args), args.config_overrides)
     name = args.config_name or args.model_name_or_path or f"--model_type {args.model_type}"
     if type(config) not in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING:
         raise InputError(f"{name}: type {config.model_type} has no masked-language model in Flax")
@@ -1081,6 +1091,65 @@ def load_config(args):
     if args.model_type not in (None, config.model_type):
         raise InputError(f"--model_type {args.model_type}: {name} is of type {config.model_type}")
     return config
+
+
+def override_config(config, overrides: str | None):
+    """Replace settings of a config by those of --config_overrides. Raises InputError.
+
+    The result is constructed again, because a constructor may derive one setting from another: the
+    decoder of T5 gets as many layers as its encoder, unless num_decoder_layers says otherwise.
+    """
+    if overrides is None:
+        return config
+    changes = {}
+    # A comma within a value is not followed by a name and an equals sign.
+    for item in re.split(r",(?=\s*\w+\s*=)", overrides):
+        name, has_value, text = (part.strip() for part in item.partition("="))
+        # Some settings have a second name, which all model types share.
+        name = config.attribute_map.get(name, name)
+        if not has_value or name not in config.to_dict() or name in FIXED_SETTINGS:
+            known = ", ".join(inspect.signature(type(config)).parameters).removesuffix(", kwargs")
+            raise InputError(
+                f"--config_overrides {item}: not name=value with a name of a {config.model_type} "
+                f"config: {known}"
+            )
+        changes[name] = parse_setting(item, text, getattr(config, name))
+
+    # What equals the default may have been derived.
+    defaults = type(config)().to_dict().items()
+    settings = dict(item for item in config.to_dict().items() if item not in defaults)
+    # The version that has written the config. `to_dict` has that of this process.
+    settings["transformers_version"] = config.transformers_version
+    settings |= changes
+    with input_errors(f"--config_overrides {overrides}: no valid {config.model_type} config"):
+        overridden = type(config).from_dict(settings)
+    shown = [f"{name} is {value}, not {getattr(config, name)}" for name, value in changes.items()]
+    logger.info(f"--config_overrides: {'; '.join(shown)}.")
+    return overridden
+
+
+def parse_setting(item: str, text: str, current):
+    """Convert the value of a setting, `text`, to the type of its `current` value.
+
+    A setting that is None takes any value. `item`, name=value, is for the InputError.
+    """
+    if isinstance(current, str):
+        return text
+    try:
+        # They may be spelled as in Python.
+        constants = {"True": "true", "False": "false", "None": "null"}
+        value = json.loads(constants.get(text, text))
+    except ValueError:
+        value = text
+    if isinstance(current, float) and type(value) is int:
+        value = float(value)
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if not is_finite or (current is not None and type(value) is not type(current)):
+        raise InputError(
+            f"--config_overrides {item}: it must be of type {type(current).__name__}, such as "
+            f"{json.dumps(current)}"
+        )
+    return value
 
 
 def load_tokenizer(args):
@@ -1516,6 +1585,17 @@ def check_args(args) -> None:
     check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
+    check_sources(args)
+
+
+def check_sources(args) -> None:
+    """Check the flags that name the model, the tokenizer and the data. Raises InputError."""
+    if args.config_overrides is not None and args.model_name_or_path not in (None, args.output_dir):
+        # A finished run that is evaluated has the same settings already.
+        raise InputError(
+            f"--config_overrides {args.config_overrides}: the weights of --model_name_or_path "
+            "need their own config; leave one of the two out"
+        )
     has_new_model = args.do_train and (args.config_name or args.model_type)
     if not args.model_name_or_path and not has_new_model:
         raise InputError(

@@ -161,6 +161,10 @@ COMMAND_LINES = {
     "eval of a config": ({"do_eval": True}, ["--model_name_or_path"]),
     "unknown model_type": ({"model_type": "nonsense"}, ["--model_type", "nonsense"]),
     "model_type without this objective": ({"model_type": "vit"}, ["--model_type", "vit"]),
+    "overrides of a pretrained model": (
+        {"model_name_or_path": "start", "config_name": None, "config_overrides": "n_layer=1"},
+        ["--config_overrides", "n_layer=1", "--model_name_or_path"],
+    ),
     "dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
     "lr_scheduler_type": ({"lr_scheduler_type": "zigzag"}, ["--lr_scheduler_type", "zigzag"]),
     "switch": ({"do_train": "perhaps"}, ["--do_train", "perhaps"]),
@@ -407,6 +411,10 @@ ENVIRONMENT = {
     "too long": ({"max_seq_length": LENGTH + 1}, ["--max_seq_length", LENGTH + 1, f" {LENGTH} "]),
     "no such config": ({"config_name": "missing"}, ["missing"]),
     "a broken config": ({"config_name": "broken_config"}, ["broken_config"]),
+    "overrides of no setting": (
+        {"config_overrides": "n_layers=1"},
+        ["--config_overrides", "n_layers=1", "vocab_size"],
+    ),
     "no such tokenizer": ({"tokenizer_name": "missing"}, ["missing"]),
     "a folder without tokenizer": ({"tokenizer_name": "no_files"}, ["no_files"]),
     "no such model": ({"model_name_or_path": "missing", "config_name": None}, ["missing"]),
@@ -475,6 +483,7 @@ IN_COMMON = {
     "a column of numbers",
     "blank validation file",
     "no such config",
+    "overrides of no setting",
     "a folder without tokenizer",
 }
 

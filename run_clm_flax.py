@@ -100,7 +100,7 @@ LOADERS = {
 ORDER_STREAM = 0
 
 # The sums that `loss_sums` returns in training. `train_step` adds them up.
-TRAINING_SUMS = ("loss", "predicted")
+TRAINING_SUMS = ("loss", "z_loss", "predicted")
 
 # Generator of the dropout masks. "rbg" is the fastest on TPUs. Its bits depend on the key and the
 # kind of device alone, so a resumed run draws the same masks.
@@ -131,6 +131,9 @@ LEARNING_FLAGS = (
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "z_loss",
 )
 
 # Seconds that a server of the Hub has to answer a request.
@@ -141,6 +144,14 @@ LOCK_FILE = ".lock"
 
 # The checksums of an exported model, for `sha256sum --check`.
 CHECKSUM_FILE = "SHA256SUMS"
+
+# What is known of the best evaluation before the first one: the loss is the largest float32.
+NO_BEST = {
+    "step": 0,
+    "eval_loss": float(np.finfo(np.float32).max),
+    "evaluated": 0,
+    "without_improvement": 0,
+}
 
 # Settings of a config that --config_overrides leaves alone: they say what the config is.
 FIXED_SETTINGS = ("model_type", "architectures", "transformers_version")
@@ -328,6 +339,12 @@ class TrainingArguments:
     max_grad_norm: float = HfArg(
         default=0.0, help="Clip gradients to this global norm. 0 turns clipping off."
     )
+    z_loss: float = HfArg(
+        default=0.0,
+        help="Weight of the z-loss, such as 1e-4. It keeps the normalizer Z of the softmax near 1: "
+        "training minimizes the loss plus z_loss * log(Z)**2, the mean over the predicted tokens. "
+        "It is logged as train_z_loss and is part of neither train_loss nor eval_loss.",
+    )
     logging_steps: int = HfArg(
         default=500, help="Write a log line every this many optimizer steps."
     )
@@ -335,6 +352,16 @@ class TrainingArguments:
     save_total_limit: int = HfArg(default=2, help="Number of checkpoints to keep.")
     eval_steps: int | None = HfArg(
         default=None, help="Evaluate every this many optimizer steps. Default: once an epoch."
+    )
+    load_best_model_at_end: bool = HfArg(
+        default=False,
+        help="Save a checkpoint at each evaluation, too, and evaluate after the last step. Keep "
+        "the checkpoint with the lowest eval_loss, and export its weights at the end.",
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None,
+        help="With --load_best_model_at_end: stop training after this many evaluations without a "
+        "lower eval_loss.",
     )
     seed: int = HfArg(default=42, help="Seed of initialization, data order, masks and dropout.")
     distributed: bool = HfArg(
@@ -360,6 +387,7 @@ class TrainingArguments:
 def check_objective_args(args) -> None:
     """Check the flags that only this script has. Raises InputError."""
     check_range(args, "block_size", "at least 2", lambda value: value >= 2)
+    check_range(args, "z_loss", "at least 0 and finite", lambda value: 0 <= value < math.inf)
     families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if args.model_type not in (None, *families):
         raise InputError(f"--model_type {args.model_type}: not one of {', '.join(families)}")
@@ -498,7 +526,18 @@ def cross_entropy_sums(logits, labels, with_accuracy: bool) -> dict:
     return sums
 
 
-def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
+def z_loss_sum(logits, labels):
+    """Sum log(Z)**2 over the tokens with a label other than -100, a float32 scalar.
+
+    Z is the normalizer of the softmax. To train with a little of this, as PaLM does (Chowdhery et
+    al., 2022, https://arxiv.org/abs/2204.02311, section 5), keeps the logits from growing, which
+    makes training in bfloat16 more stable. The shapes are those of `cross_entropy_sums`.
+    """
+    log_z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+    return jnp.where(labels != IGNORE, log_z**2, 0).sum()
+
+
+def sum_in_chunks(sums_of_chunk, hidden_states, labels):
     """Sum `sums_of_chunk(hidden_states, labels)` over chunks of the tokens.
 
     The logits of all tokens never exist at once: there are CHUNKS chunks, one after the other. When
@@ -508,13 +547,13 @@ def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
     at once and one-hot labels, in about the same time (benchmarks/clm_memory.py).
 
     Args:
-        sums_of_chunk: Function that applies the head and returns a dict of sums, float32 scalars.
-            Of these, `loss` alone has gradients.
+        sums_of_chunk: Function that applies the head and returns two things: the sum to
+            differentiate, a float32 scalar, and a dict of sums that have no gradients.
         hidden_states: Input of the head, [tokens, width].
         labels: [tokens] int32.
 
     Returns:
-        The sums over all tokens.
+        The same two, over all tokens.
     """
     # Cut the tokens into chunks of equal size. What fills up the last chunk predicts nothing.
     surplus = -len(labels) % CHUNKS
@@ -535,11 +574,10 @@ def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
             chunk_states, chunk_labels = chunk
 
             def loss_of_chunk(head_params, chunk_states):
-                sums = sums_of_chunk(chunk_states, chunk_labels, *head_params)
-                return sums["loss"], sums
+                return sums_of_chunk(chunk_states, chunk_labels, *head_params)
 
-            grad_fn = jax.grad(loss_of_chunk, argnums=(0, 1), has_aux=True)
-            (new_grads, states_grads), sums = grad_fn(head_params, chunk_states)
+            grad_fn = jax.value_and_grad(loss_of_chunk, argnums=(0, 1), has_aux=True)
+            sums, (new_grads, states_grads) = grad_fn(head_params, chunk_states)
             return jax.tree.map(jnp.add, params_grads, new_grads), (sums, states_grads)
 
         zeros = jax.tree.map(jnp.zeros_like, head_params)
@@ -548,7 +586,7 @@ def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
         return jax.tree.map(jnp.sum, sums), (params_grads, states_grads)
 
     def backward(grads, sums_grads):
-        scale = sums_grads["loss"]
+        scale, _ = sums_grads
         params_grads, states_grads = jax.tree.map(
             lambda grad: grad * scale.astype(grad.dtype), grads
         )
@@ -559,7 +597,7 @@ def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
     return total(head_params, hidden_states, labels)
 
 
-def loss_sums(params, batch, model, dropout_rng=None):
+def loss_sums(params, batch, model, dropout_rng=None, z_loss: float = 0.0):
     """Sum the cross-entropy of each token, given those before it.
 
     Args:
@@ -567,20 +605,24 @@ def loss_sums(params, batch, model, dropout_rng=None):
         batch: `input_ids`, `attention_mask` and `labels`, [batch, length] int32.
         model: The Flax model.
         dropout_rng: Key of dropout. Without a key the model evaluates.
+        z_loss: Weight of `z_loss_sum`.
 
     Returns:
-        The sum, and a dict of the sums that means are computed from: `loss` and `predicted` (the
-        number of predicted tokens). All are float32 scalars.
+        The sum to differentiate, loss and z-loss, and a dict of the sums that means are computed
+        from: `loss`, `z_loss` and `predicted` (the number of predicted tokens). All are float32
+        scalars.
     """
     hidden_states, head = split_at_head(params, batch, model, dropout_rng)
     # A position predicts the next token. The last position of a sequence predicts nothing.
     labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
 
     def sums_of_chunk(hidden_states, labels):
-        return cross_entropy_sums(head(hidden_states), labels, with_accuracy=False)
+        logits = head(hidden_states)
+        sums = cross_entropy_sums(logits, labels, with_accuracy=False)
+        sums["z_loss"] = z_loss * z_loss_sum(logits, labels) if z_loss else jnp.float32(0)
+        return sums["loss"] + sums["z_loss"], sums
 
-    sums = sum_in_chunks(sums_of_chunk, hidden_states, labels.reshape(-1))
-    return sums["loss"], sums
+    return sum_in_chunks(sums_of_chunk, hidden_states, labels.reshape(-1))
 
 
 def recompute_blocks(loss_fn):
@@ -1323,6 +1365,22 @@ def eval_step(params, batch, loss_fn):
     return jax.lax.psum(sums, "batch")
 
 
+def make_steps(args, model, collator, schedule):
+    """Map `train_step` and `eval_step` to all devices.
+
+    They are compiled when they are first called.
+    """
+    loss_fn = make_loss_fn(args, model, collator)
+    training_loss_fn = partial(loss_fn, z_loss=args.z_loss)
+    p_train_step = jax.pmap(
+        partial(train_step, loss_fn=training_loss_fn, schedule=schedule, seed=args.seed),
+        axis_name="batch",
+        donate_argnums=0,
+    )
+    p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+    return p_train_step, p_eval_step
+
+
 def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int) -> dict:
     """Evaluate `params`, and log and return the results.
 
@@ -1366,7 +1424,7 @@ def add_host_values(totals: dict[str, float], sums) -> None:
         totals[name] = totals.get(name, 0.0) + float(np.asarray(array)[0])
 
 
-def train(args, state, p_train_step, batches, steps: range, log, saver, stop, evaluate_now):
+def train(args, state, p_train_step, batches, steps: range, log, saver, stop, evaluations):
     """Run the training loop.
 
     Args:
@@ -1378,12 +1436,12 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
         log: The TrainingLog.
         saver: The Saver, or None in a process that does not write.
         stop: The StopSignals.
-        evaluate_now: Function of parameters and step.
+        evaluations: The Evaluations.
 
     Returns:
         The last state, and the number of steps that it has taken.
     """
-    eval_steps = args.eval_steps or log.steps_per_epoch
+    batches = evaluations.resume(state.params, steps.start, batches)
     totals = zeros = zero_totals()
     step = steps.start
     # `step` counts the steps that are taken: it is 1 after the first.
@@ -1398,23 +1456,28 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
         # All processes must call `check`.
         is_stopping = stop.check(step) != 0
         is_last = is_stopping or step == steps.stop
-        is_save = step % args.save_steps == 0 or is_last
+        is_evaluation = evaluations.are_due(step) and not is_stopping
+        is_trial = is_evaluation and evaluations.keeps_best
+        is_save = step % args.save_steps == 0 or is_last or is_trial
         if step % args.logging_steps == 0 or is_save:
             log.due = (step, totals)
             totals = zeros
         if is_save:
             # Raises InputError if the loss is not finite, so that such a state is never saved.
             log.flush()
+            if is_trial:
+                # The checkpoint stores the result.
+                is_last = evaluations.run(state.params, step) or is_last
             if saver:
-                saver.save(state, step, is_last)
-        if is_stopping:
+                saver.save(state, step, is_last, **evaluations.stored())
+        if is_last:
             break
-        if args.do_eval and step % eval_steps == 0 and not is_last:
-            evaluate_now(state.params, step)
+        if is_evaluation and not is_trial:
+            evaluations.run(state.params, step)
 
     if saver and step == steps.start:
         # All steps were taken before. That run may have been killed before it exported the model.
-        saver.save(state, step, is_last=True)
+        saver.save(state, step, is_last=True, **evaluations.stored())
     return state, step
 
 
@@ -1489,7 +1552,7 @@ def check_args(args) -> None:
         args,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples "
-        "preprocessing_num_workers",
+        "preprocessing_num_workers early_stopping_patience",
         "at least 1",
         lambda value: value >= 1,
     )
@@ -1522,6 +1585,10 @@ def check_args(args) -> None:
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
     check_sources(args)
+    if args.load_best_model_at_end and not (args.do_train and args.do_eval):
+        raise InputError("--load_best_model_at_end needs --do_train and --do_eval, or neither")
+    if args.early_stopping_patience and not args.load_best_model_at_end:
+        raise InputError("--early_stopping_patience needs --load_best_model_at_end")
 
 
 def check_sources(args) -> None:
@@ -1613,6 +1680,8 @@ class TrainingLog:
             "train_tokens_per_second": sums["tokens"] / (now - self.last),
         }
         self.last = now
+        if sums.get("z_loss"):
+            self.results["train_z_loss"] = sums["z_loss"] / max(sums["predicted"], 1)
         shown = [f"epoch {step / self.steps_per_epoch:.2f}"] if self.steps_per_epoch else []
         shown.append(f"loss {self.results['train_loss']:.3f}")
         shown.append(f"{self.results['train_tokens_per_second']:,.0f} tokens/s")
@@ -1895,6 +1964,103 @@ def restore(checkpoints: list[Path], state, settings: dict, num_steps: int):
     )
 
 
+class Evaluations:
+    """The evaluations during training, and the best of them with --load_best_model_at_end.
+
+    With this flag, each evaluation is followed by a checkpoint, and the last step by an evaluation.
+    A checkpoint stores `best`, so a resumed run decides as an undisturbed one does: `step` and
+    `eval_loss` of the best evaluation, the step of the latest one, `evaluated`, and the number of
+    evaluations since the best, `without_improvement`.
+    """
+
+    def __init__(self, args, eval_steps: int | None, last_step: int, evaluate_now, best: dict):
+        self.eval_steps = eval_steps if args.do_eval else None
+        self.last_step = last_step
+        self.evaluate_now = evaluate_now
+        self.keeps_best = args.load_best_model_at_end
+        self.patience = args.early_stopping_patience or math.inf
+        # `broadcast_one_to_all` has made arrays of the numbers.
+        self.best = {name: value.item() for name, value in best.items()}
+        # Whether training ends: patience is exhausted, or a signal has stopped an evaluation.
+        self.ends = self.best["without_improvement"] >= self.patience
+
+    def are_due(self, step: int) -> bool:
+        """Whether to evaluate after `step`. `main` evaluates what is exported at the end."""
+        if step == self.last_step:
+            return self.keeps_best
+        return bool(self.eval_steps) and step % self.eval_steps == 0
+
+    def run(self, params, step: int) -> bool:
+        """Evaluate, and find out whether this is the best evaluation. Returns `ends`."""
+        results = self.evaluate_now(params, step)
+        if not results:
+            self.ends = True
+        elif self.keeps_best:
+            # As float32 it is the same in all processes. One that is NaN is not below any other.
+            loss = float(np.float32(results["eval_loss"]))
+            if loss < self.best["eval_loss"]:
+                self.best = NO_BEST | {"step": step, "eval_loss": loss, "evaluated": step}
+            else:
+                count = self.best["without_improvement"] + 1
+                self.best = self.best | {"evaluated": step, "without_improvement": count}
+                self.ends = count >= self.patience
+                if self.ends:
+                    logger.info(f"--early_stopping_patience: training ends after step {step}.")
+        return self.ends
+
+    def resume(self, params, step: int, batches):
+        """Run the evaluation at the first step of a resumed run, if a signal has prevented it.
+
+        Returns `batches`, none if training has ended.
+        """
+        is_missing = self.keeps_best and step > 0 and self.best["evaluated"] != step
+        if is_missing and self.are_due(step):
+            self.run(params, step)
+        return iter(()) if self.ends else batches
+
+    def stored(self) -> dict:
+        """What a checkpoint stores."""
+        return {"best": self.best} if self.keeps_best else {}
+
+
+def best_before(args, found: dict) -> dict:
+    """The `best` of Evaluations in `found`, the settings of the checkpoint to resume from.
+
+    Its checkpoint is in this output directory: a run that resumes from another one begins to count.
+    """
+    best = found.get("best", NO_BEST)
+    checkpoint = Path(args.output_dir, "checkpoints", str(best["step"]))
+    if best["step"] and not checkpoint.is_dir():
+        logger.warning(f"{checkpoint}, the best one, is missing: the best is chosen from now on.")
+        return NO_BEST
+    return best
+
+
+def load_best(state, step: int, evaluations: Evaluations, saver, stop):
+    """Export the weights of the best checkpoint, if it is kept and no signal has stopped the run.
+
+    `saver` is None in a process that does not write. Returns the state with these weights, and
+    their step. Raises InputError if the checkpoint cannot be read.
+    """
+    best = evaluations.best
+    if not evaluations.keeps_best or stop.agreed:
+        return state, step
+    if not best["step"]:
+        logger.warning("No evaluation had a finite loss, so the last weights are exported.")
+    if best["step"] in (0, step):
+        return state, step
+    params = fetch(state.params)
+    if saver:
+        checkpoint = saver.checkpoints / str(best["step"])
+        with input_errors(f"{checkpoint}: the best checkpoint cannot be read"):
+            read_run(checkpoint)
+            params = read_state(checkpoint, {"params": params})["params"]
+            saver.export(params)
+    logger.info(f"Exported step {best['step']}, the best, with eval_loss {best['eval_loss']:.5g}.")
+    params = jax.tree.map(multihost_utils.broadcast_one_to_all, params)
+    return state.replace(params=replicate(params)), best["step"]
+
+
 class Saver:
     """Writes a run's checkpoints and model, and uploads them, in background threads.
 
@@ -1941,7 +2107,9 @@ class Saver:
         self.pool.shutdown()
 
     def save(self, state, step: int, is_last: bool, **position) -> None:
-        """Save `state`, with the settings, and, in the streaming script, the `position`.
+        """Save `state` with the settings and with `position`.
+
+        This is the best evaluation, if it is kept, and, in the streaming script, the position.
 
         Returns when the state is copied from the device and the previous save is written.
         """
@@ -1960,8 +2128,10 @@ class Saver:
         """Write a checkpoint and the model, and start an upload."""
         if not (self.checkpoints / str(step)).exists():
             write_checkpoint(self.checkpoints, state, step, settings)
+            best_step = settings.get("best", NO_BEST)["step"]
             for checkpoint in list_checkpoints(self.output_dir)[self.save_total_limit :]:
-                delete_checkpoint(checkpoint)
+                if int(checkpoint.name) != best_step:
+                    delete_checkpoint(checkpoint)
         if self.uploading and not self.uploading.done() and not is_last:
             # No file may change during an upload. A later save exports the model.
             return
@@ -2332,19 +2502,14 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoints and args.do_train:
             state, first_step, found = restore(checkpoints, state, settings, num_steps)
         # Process 0 sends the state to the others, one array at a time to limit memory.
-        state, first_step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, first_step))
+        state, first_step, best = jax.tree.map(
+            multihost_utils.broadcast_one_to_all, (state, first_step, best_before(args, found))
+        )
         state = replicate(state)
         steps = range(int(first_step), num_steps)
         step = steps.start
 
-        # The steps are compiled when they are first called.
-        loss_fn = make_loss_fn(args, model, collator)
-        p_train_step = jax.pmap(
-            partial(train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed),
-            axis_name="batch",
-            donate_argnums=0,
-        )
-        p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+        p_train_step, p_eval_step = make_steps(args, model, collator, schedule)
         # The Saver makes the folder of checkpoints before TensorBoard writes its file. A run is not
         # started again in a folder that has files but no checkpoints.
         saver = None
@@ -2353,6 +2518,8 @@ def main(argv: list[str] | None = None) -> None:
             saver = Saver(args, model, tokenizer, stored, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch)
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
+        eval_steps = args.eval_steps or steps_per_epoch
+        evaluations = Evaluations(args, eval_steps, num_steps, evaluate_now, best)
 
         # Train.
         if args.do_train:
@@ -2371,10 +2538,11 @@ def main(argv: list[str] | None = None) -> None:
             # The end of this block, even by an error, waits for what is being written.
             with saver or nullcontext(), log:
                 state, step = train(
-                    args, state, p_train_step, batches, steps, log, saver, stop, evaluate_now
+                    args, state, p_train_step, batches, steps, log, saver, stop, evaluations
                 )
                 if saver:
                     saver.wait(f"{args.output_dir}: saving failed, earlier checkpoints are intact")
+                state, step = load_best(state, step, evaluations, saver, stop)
             if saver and log.results:
                 write_results(args.output_dir, log.results, "train")
 

@@ -145,6 +145,8 @@ LEARNING_FLAGS = (
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "load_best_model_at_end",
+    "early_stopping_patience",
 )
 
 # Seconds that a server of the Hub has to answer a request.
@@ -155,6 +157,14 @@ LOCK_FILE = ".lock"
 
 # The checksums of an exported model, for `sha256sum --check`.
 CHECKSUM_FILE = "SHA256SUMS"
+
+# What is known of the best evaluation before the first one: the loss is the largest float32.
+NO_BEST = {
+    "step": 0,
+    "eval_loss": float(np.finfo(np.float32).max),
+    "evaluated": 0,
+    "without_improvement": 0,
+}
 
 # Settings of a config that --config_overrides leaves alone: they say what the config is.
 FIXED_SETTINGS = ("model_type", "architectures", "transformers_version")
@@ -342,6 +352,16 @@ class TrainingArguments:
     eval_steps: int | None = HfArg(
         default=None, help="Steps between two evaluations. Default: only at the end."
     )
+    load_best_model_at_end: bool = HfArg(
+        default=False,
+        help="Save a checkpoint at each evaluation, too, and evaluate after the last step. Keep "
+        "the checkpoint with the lowest eval_loss, and export its weights at the end.",
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None,
+        help="With --load_best_model_at_end: stop training after this many evaluations without a "
+        "lower eval_loss.",
+    )
     seed: int = HfArg(default=42, help="Seed of initialization, data order, masks and dropout.")
     distributed: bool = HfArg(
         default=False,
@@ -372,6 +392,8 @@ def check_objective_args(args) -> None:
     check_range(
         args, "num_eval_samples", "at least 0, and with evaluation 1", lambda value: value >= least
     )
+    if args.load_best_model_at_end and not args.eval_steps:
+        raise InputError("--load_best_model_at_end needs --eval_steps: a stream has no epochs")
     families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     if args.model_type not in (None, *families):
         raise InputError(f"--model_type {args.model_type}: not one of {', '.join(families)}")
@@ -1374,6 +1396,21 @@ def eval_step(params, batch, loss_fn):
     return jax.lax.psum(sums, "batch")
 
 
+def make_steps(args, model, collator, schedule):
+    """Map `train_step` and `eval_step` to all devices.
+
+    They are compiled when they are first called.
+    """
+    loss_fn = make_loss_fn(args, model, collator)
+    p_train_step = jax.pmap(
+        partial(train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed),
+        axis_name="batch",
+        donate_argnums=0,
+    )
+    p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+    return p_train_step, p_eval_step
+
+
 def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int) -> dict:
     """Evaluate `params`, and log and return the results.
 
@@ -1418,24 +1455,20 @@ def add_host_values(totals: dict[str, float], sums) -> None:
 
 
 def train(
-    args, state, p_train_step, batches, steps: range, log, saver, stop, evaluate_now, progress
+    args, state, p_train_step, batches, steps: range, log, saver, stop, evaluations, progress
 ):
     """Run the training loop.
 
     Args:
-        args: The settings.
-        state: The TrainState on the devices. Its buffers are donated.
-        p_train_step: `train_step` under pmap.
-        batches: The batches of `steps`.
-        steps: The steps to take, counted from 0.
-        log: The TrainingLog.
+        state: The TrainState on the devices. Its buffers are donated to `p_train_step`.
+        batches: The batches of `steps`, which are counted from 0.
         saver: The Saver, or None in a process that does not write.
-        stop: The StopSignals.
-        evaluate_now: Function of parameters and step.
+        evaluations: The Evaluations.
         progress: The StreamProgress of `batches`.
 
     Returns the last state, and the number of steps that it has taken.
     """
+    batches = evaluations.resume(state.params, steps.start, batches)
     is_last = False
     totals = zeros = zero_totals()
     step = steps.start
@@ -1447,25 +1480,29 @@ def train(
         jax.block_until_ready(previous_totals)
         log.flush()
         log.training_bar.update()
-
         position = progress.position_after.pop(step)
         # All processes must call `check`.
         is_stopping = stop.check(step) != 0
         is_last = is_stopping or step == steps.stop
-        is_save = step % args.save_steps == 0 or is_last
+        is_evaluation = evaluations.are_due(step) and not is_stopping
+        is_trial = is_evaluation and evaluations.keeps_best
+        is_save = step % args.save_steps == 0 or is_last or is_trial
         if step % args.logging_steps == 0 or is_save:
             log.due = (step, totals)
             totals = zeros
         if is_save:
             # Raises InputError if the loss is not finite, so that such a state is never saved.
             log.flush()
+            if is_trial:
+                # The checkpoint stores the result.
+                is_last = evaluations.run(state.params, step) or is_last
             positions = share_json(position)
             if saver:
-                saver.save(state, step, is_last, stream=positions)
-        if is_stopping:
+                saver.save(state, step, is_last, stream=positions, **evaluations.stored())
+        if is_last:
             break
-        if args.do_eval and args.eval_steps and step % args.eval_steps == 0 and not is_last:
-            evaluate_now(state.params, step)
+        if is_evaluation and not is_trial:
+            evaluations.run(state.params, step)
 
     if progress.error and jax.process_count() > 1:
         # The other processes end with this one.
@@ -1475,7 +1512,7 @@ def train(
         log.flush()
         positions = share_json(position)
         if saver:
-            saver.save(state, step, is_last=True, stream=positions)
+            saver.save(state, step, is_last=True, stream=positions, **evaluations.stored())
     return state, step
 
 
@@ -1553,7 +1590,7 @@ def check_args(args) -> None:
         args,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples "
-        "preprocessing_num_workers",
+        "preprocessing_num_workers early_stopping_patience",
         "at least 1",
         lambda value: value >= 1,
     )
@@ -1586,6 +1623,10 @@ def check_args(args) -> None:
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
     check_sources(args)
+    if args.load_best_model_at_end and not (args.do_train and args.do_eval):
+        raise InputError("--load_best_model_at_end needs --do_train and --do_eval, or neither")
+    if args.early_stopping_patience and not args.load_best_model_at_end:
+        raise InputError("--early_stopping_patience needs --load_best_model_at_end")
 
 
 def check_sources(args) -> None:
@@ -1677,6 +1718,8 @@ class TrainingLog:
             "train_tokens_per_second": sums["tokens"] / (now - self.last),
         }
         self.last = now
+        if sums.get("z_loss"):
+            self.results["train_z_loss"] = sums["z_loss"] / max(sums["predicted"], 1)
         shown = [f"epoch {step / self.steps_per_epoch:.2f}"] if self.steps_per_epoch else []
         shown.append(f"loss {self.results['train_loss']:.3f}")
         shown.append(f"{self.results['train_tokens_per_second']:,.0f} tokens/s")
@@ -1980,6 +2023,103 @@ def share_json(value) -> list:
     return [json.loads(bytes(text)) for text in texts]
 
 
+class Evaluations:
+    """The evaluations during training, and the best of them with --load_best_model_at_end.
+
+    With this flag, each evaluation is followed by a checkpoint, and the last step by an evaluation.
+    A checkpoint stores `best`, so a resumed run decides as an undisturbed one does: `step` and
+    `eval_loss` of the best evaluation, the step of the latest one, `evaluated`, and the number of
+    evaluations since the best, `without_improvement`.
+    """
+
+    def __init__(self, args, eval_steps: int | None, last_step: int, evaluate_now, best: dict):
+        self.eval_steps = eval_steps if args.do_eval else None
+        self.last_step = last_step
+        self.evaluate_now = evaluate_now
+        self.keeps_best = args.load_best_model_at_end
+        self.patience = args.early_stopping_patience or math.inf
+        # `broadcast_one_to_all` has made arrays of the numbers.
+        self.best = {name: value.item() for name, value in best.items()}
+        # Whether training ends: patience is exhausted, or a signal has stopped an evaluation.
+        self.ends = self.best["without_improvement"] >= self.patience
+
+    def are_due(self, step: int) -> bool:
+        """Whether to evaluate after `step`. `main` evaluates what is exported at the end."""
+        if step == self.last_step:
+            return self.keeps_best
+        return bool(self.eval_steps) and step % self.eval_steps == 0
+
+    def run(self, params, step: int) -> bool:
+        """Evaluate, and find out whether this is the best evaluation. Returns `ends`."""
+        results = self.evaluate_now(params, step)
+        if not results:
+            self.ends = True
+        elif self.keeps_best:
+            # As float32 it is the same in all processes. One that is NaN is not below any other.
+            loss = float(np.float32(results["eval_loss"]))
+            if loss < self.best["eval_loss"]:
+                self.best = NO_BEST | {"step": step, "eval_loss": loss, "evaluated": step}
+            else:
+                count = self.best["without_improvement"] + 1
+                self.best = self.best | {"evaluated": step, "without_improvement": count}
+                self.ends = count >= self.patience
+                if self.ends:
+                    logger.info(f"--early_stopping_patience: training ends after step {step}.")
+        return self.ends
+
+    def resume(self, params, step: int, batches):
+        """Run the evaluation at the first step of a resumed run, if a signal has prevented it.
+
+        Returns `batches`, none if training has ended.
+        """
+        is_missing = self.keeps_best and step > 0 and self.best["evaluated"] != step
+        if is_missing and self.are_due(step):
+            self.run(params, step)
+        return iter(()) if self.ends else batches
+
+    def stored(self) -> dict:
+        """What a checkpoint stores."""
+        return {"best": self.best} if self.keeps_best else {}
+
+
+def best_before(args, found: dict) -> dict:
+    """The `best` of Evaluations in `found`, the settings of the checkpoint to resume from.
+
+    Its checkpoint is in this output directory: a run that resumes from another one begins to count.
+    """
+    best = found.get("best", NO_BEST)
+    checkpoint = Path(args.output_dir, "checkpoints", str(best["step"]))
+    if best["step"] and not checkpoint.is_dir():
+        logger.warning(f"{checkpoint}, the best one, is missing: the best is chosen from now on.")
+        return NO_BEST
+    return best
+
+
+def load_best(state, step: int, evaluations: Evaluations, saver, stop):
+    """Export the weights of the best checkpoint, if it is kept and no signal has stopped the run.
+
+    `saver` is None in a process that does not write. Returns the state with these weights, and
+    their step. Raises InputError if the checkpoint cannot be read.
+    """
+    best = evaluations.best
+    if not evaluations.keeps_best or stop.agreed:
+        return state, step
+    if not best["step"]:
+        logger.warning("No evaluation had a finite loss, so the last weights are exported.")
+    if best["step"] in (0, step):
+        return state, step
+    params = fetch(state.params)
+    if saver:
+        checkpoint = saver.checkpoints / str(best["step"])
+        with input_errors(f"{checkpoint}: the best checkpoint cannot be read"):
+            read_run(checkpoint)
+            params = read_state(checkpoint, {"params": params})["params"]
+            saver.export(params)
+    logger.info(f"Exported step {best['step']}, the best, with eval_loss {best['eval_loss']:.5g}.")
+    params = jax.tree.map(multihost_utils.broadcast_one_to_all, params)
+    return state.replace(params=replicate(params)), best["step"]
+
+
 class Saver:
     """Writes a run's checkpoints and model, and uploads them, in background threads.
 
@@ -2026,7 +2166,9 @@ class Saver:
         self.pool.shutdown()
 
     def save(self, state, step: int, is_last: bool, **position) -> None:
-        """Save `state`, with the settings, and, in the streaming script, the `position`.
+        """Save `state` with the settings and with `position`.
+
+        This is the best evaluation, if it is kept, and, in the streaming script, the position.
 
         Returns when the state is copied from the device and the previous save is written.
         """
@@ -2045,8 +2187,10 @@ class Saver:
         """Write a checkpoint and the model, and start an upload."""
         if not (self.checkpoints / str(step)).exists():
             write_checkpoint(self.checkpoints, state, step, settings)
+            best_step = settings.get("best", NO_BEST)["step"]
             for checkpoint in list_checkpoints(self.output_dir)[self.save_total_limit :]:
-                delete_checkpoint(checkpoint)
+                if int(checkpoint.name) != best_step:
+                    delete_checkpoint(checkpoint)
         if self.uploading and not self.uploading.done() and not is_last:
             # No file may change during an upload. A later save exports the model.
             return
@@ -2419,20 +2563,15 @@ def main(argv: list[str] | None = None) -> None:
             state, first_step, found = restore(checkpoints, state, settings, num_steps)
             positions = found["stream"]
         # Process 0 sends the state to the others, one array at a time to limit memory.
-        state, first_step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, first_step))
+        state, first_step, best = jax.tree.map(
+            multihost_utils.broadcast_one_to_all, (state, first_step, best_before(args, found))
+        )
         state = replicate(state)
         position = share_json(positions)[0][jax.process_index()]
         steps = range(int(first_step), num_steps)
         step = steps.start
 
-        # The steps are compiled when they are first called.
-        loss_fn = make_loss_fn(args, model, collator)
-        p_train_step = jax.pmap(
-            partial(train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed),
-            axis_name="batch",
-            donate_argnums=0,
-        )
-        p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+        p_train_step, p_eval_step = make_steps(args, model, collator, schedule)
         if args.do_train:
             blocks = training_blocks(args, train_stream, position, batch_size, held_out)
         # The Saver makes the folder of checkpoints before TensorBoard writes its file. A run is not
@@ -2443,6 +2582,8 @@ def main(argv: list[str] | None = None) -> None:
             saver = Saver(args, model, tokenizer, stored, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch=None)
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
+        eval_steps = args.eval_steps
+        evaluations = Evaluations(args, eval_steps, num_steps, evaluate_now, best)
 
         # Train.
         if args.do_train:
@@ -2472,12 +2613,13 @@ def main(argv: list[str] | None = None) -> None:
                     log,
                     saver,
                     stop,
-                    evaluate_now,
+                    evaluations,
                     progress,
                 )
                 if saver:
                     saver.wait(f"{args.output_dir}: saving failed, earlier checkpoints are intact")
                 progress.raise_error(step)
+                state, step = load_best(state, step, evaluations, saver, stop)
             if saver and log.results:
                 write_results(args.output_dir, log.results, "train")
 

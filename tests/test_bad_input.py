@@ -165,6 +165,18 @@ COMMAND_LINES = {
         {"model_name_or_path": "start", "config_name": None, "config_overrides": "n_layer=1"},
         ["--config_overrides", "n_layer=1", "--model_name_or_path"],
     ),
+    "the best model without evaluation": (
+        {"load_best_model_at_end": True, "eval_steps": 1, "do_train": True},
+        ["--load_best_model_at_end", "--do_eval"],
+    ),
+    "the best model of a stream": (
+        {"load_best_model_at_end": True, "shuffle_buffer_size": 9},
+        ["--load_best_model_at_end", "--eval_steps"],
+    ),
+    "patience without the best model": (
+        {"early_stopping_patience": 1},
+        ["--early_stopping_patience", "--load_best_model_at_end"],
+    ),
     "dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
     "lr_scheduler_type": ({"lr_scheduler_type": "zigzag"}, ["--lr_scheduler_type", "zigzag"]),
     "switch": ({"do_train": "perhaps"}, ["--do_train", "perhaps"]),
@@ -221,6 +233,7 @@ NUMBERS = {
     "max_seq_length": SIZES,
     "save_total_limit": SIZES,
     "preprocessing_num_workers": SIZES,
+    "early_stopping_patience": SIZES,
     # A block of one token has none to predict.
     "block_size": ["1", *SIZES],
     "num_train_steps": SIZES,
@@ -229,6 +242,7 @@ NUMBERS = {
     "learning_rate": REALS,
     "weight_decay": REALS,
     "max_grad_norm": REALS,
+    "z_loss": REALS,
     "num_train_epochs": ["0", *REALS],
     "adam_epsilon": ["0", *REALS],
     "adam_beta1": ["1", "1.5", *REALS],

@@ -366,6 +366,11 @@ class TrainingArguments:
         help="With --load_best_model_at_end: stop training after this many evaluations without a "
         "lower eval_loss.",
     )
+    profile_steps: str | None = HfArg(
+        default=None,
+        help="First and last step, such as 10:13, of a trace for TensorBoard's profile plugin. It "
+        "is written to the folder profile in --output_dir.",
+    )
     seed: int = HfArg(default=42, help="Seed of initialization, data order, masks and dropout.")
     distributed: bool = HfArg(
         default=False,
@@ -1635,11 +1640,20 @@ def check_args(args) -> None:
     check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
+    check_range(
+        args, "profile_steps", "FIRST:LAST, two numbers of steps, such as 10:13", is_range_of_steps
+    )
     check_sources(args)
     if args.load_best_model_at_end and not (args.do_train and args.do_eval):
         raise InputError("--load_best_model_at_end needs --do_train and --do_eval, or neither")
     if args.early_stopping_patience and not args.load_best_model_at_end:
         raise InputError("--early_stopping_patience needs --load_best_model_at_end")
+
+
+def is_range_of_steps(value: str) -> bool:
+    """Whether a value of --profile_steps names a first step and a last one."""
+    match = re.fullmatch(r"(\d+):(\d+)", value)
+    return match is not None and 1 <= int(match[1]) <= int(match[2])
 
 
 def check_sources(args) -> None:
@@ -1748,6 +1762,55 @@ class TrainingLog:
                 self.writer.flush()
         shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
         logger.info(f"Step {step}: {shown}")
+
+
+@contextmanager
+def profiled(p_train_step, args, steps: range):
+    """Yield `p_train_step`, which with --profile_steps writes a trace of these steps.
+
+    The trace is in the folder profile/plugins/profile/TIME of the output directory, where the
+    profile plugin of TensorBoard looks for it. Raises InputError if it cannot be written.
+    """
+    if args.profile_steps is None or not is_writer(args):
+        yield p_train_step
+        return
+    first, last = map(int, args.profile_steps.split(":"))
+    if not steps.start < first <= steps.stop:
+        logger.warning(
+            f"--profile_steps {args.profile_steps}: no trace, this run takes the steps "
+            f"{steps.start + 1} to {steps.stop}."
+        )
+    folder = Path(args.output_dir, "profile")
+    numbers = iter(range(steps.start + 1, steps.stop + 1))
+    is_tracing = False
+
+    def stop_tracing():
+        with input_errors(f"--profile_steps {args.profile_steps}: cannot write to {folder}"):
+            jax.profiler.stop_trace()
+        logger.info(f"--profile_steps: the trace is written. tensorboard --logdir={folder}")
+
+    def traced_step(*inputs):
+        nonlocal is_tracing
+        step = next(numbers)
+        if step == first:
+            # The steps before are not part of the trace.
+            jax.block_until_ready(inputs)
+            jax.profiler.start_trace(str(folder))
+            is_tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            outputs = p_train_step(*inputs)
+        if step == last and is_tracing:
+            jax.block_until_ready(outputs)
+            is_tracing = False
+            stop_tracing()
+        return outputs
+
+    try:
+        yield traced_step
+    finally:
+        # Training ends before the last step of the trace.
+        if is_tracing:
+            stop_tracing()
 
 
 def write_results(output_dir: str, results: dict[str, float], split: str) -> None:
@@ -2261,7 +2324,7 @@ def connect_hub(args):
             repo_id=repo_id,
             folder_path=args.output_dir,
             commit_message=message,
-            ignore_patterns=["checkpoints/**", "*.tmp*", LOCK_FILE, *ignored],
+            ignore_patterns=["checkpoints/**", "profile/**", "*.tmp*", LOCK_FILE, *ignored],
         )
 
     return upload
@@ -2498,6 +2561,44 @@ def process_settings(args):
 
 
 @contextmanager
+def out_of_memory_errors(args):
+    """Turn the error of a device that has no memory left into an InputError.
+
+    XLA raises it when it compiles a program that does not fit, or when the program runs.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        per_device = args.per_device_train_batch_size
+        accumulation = args.gradient_accumulation_steps
+        num_devices = jax.device_count()
+        reason = str(error).partition("\n")[0][:300]
+        length_flag = "block_size" if hasattr(args, "block_size") else "max_seq_length"
+        cures = [f"a smaller --{length_flag}"]
+        if not args.adafactor:
+            cures.insert(0, "--adafactor")
+        if args.dtype == "float32":
+            cures.insert(0, "--dtype=bfloat16")
+        if not args.gradient_checkpointing:
+            cures.insert(0, "--gradient_checkpointing")
+        if per_device > 1:
+            cures.insert(
+                0,
+                f"--per_device_train_batch_size={per_device // 2} with "
+                f"--gradient_accumulation_steps={2 * accumulation}",
+            )
+        raise InputError(
+            f"a device has no memory left: {reason}; a device computes {per_device} sequences at a "
+            f"time in training, and {args.per_device_eval_batch_size} in evaluation; the global "
+            f"batch is {num_devices} devices x {accumulation} x {per_device} = "
+            f"{num_devices * accumulation * per_device}; what lowers memory, in the order to try: "
+            f"{', '.join(cures)}; in an evaluation: --per_device_eval_batch_size"
+        ) from error
+
+
+@contextmanager
 def exit_with_one_line(status: int, is_distributed: bool = False):
     """End the process with one line and `status` for an error that the user can fix."""
     try:
@@ -2529,6 +2630,7 @@ def main(argv: list[str] | None = None) -> None:
         exit_with_one_line(1, args.distributed),
         process_settings(args) as stop,
         OutputLock(args.output_dir) as lock,
+        out_of_memory_errors(args),
     ):
         # One process writes. Find out before anything else whether it can.
         writes = is_writer(args)
@@ -2587,9 +2689,9 @@ def main(argv: list[str] | None = None) -> None:
             shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
             batches = train_batches(train_set, collator, args.seed, steps, shape)
             # The end of this block, even by an error, waits for what is being written.
-            with saver or nullcontext(), log:
+            with saver or nullcontext(), log, profiled(p_train_step, args, steps) as p_step:
                 state, step = train(
-                    args, state, p_train_step, batches, steps, log, saver, stop, evaluations
+                    args, state, p_step, batches, steps, log, saver, stop, evaluations
                 )
                 if saver:
                     saver.wait(f"{args.output_dir}: saving failed, earlier checkpoints are intact")

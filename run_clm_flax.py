@@ -44,7 +44,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -95,6 +95,9 @@ LOADERS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+
+# A second extension of a data file, if it is compressed. .zst needs the package zstandard.
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 # The seed's stream of random numbers for the order of the data.
 ORDER_STREAM = 0
@@ -244,11 +247,21 @@ class DataTrainingArguments:
     dataset_config_name: str | None = HfArg(
         default=None, help="Configuration of the dataset, such as its language."
     )
-    train_file: str | None = HfArg(
-        default=None, help="File of training text: .txt, .json, .jsonl, .csv or .parquet."
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "Files of training text: .parquet, or .txt, .json, .jsonl and .csv, which may "
+            "be compressed (.gz, .bz2, .xz, .zst). They are read in this order. Those of a quoted "
+            "pattern, such as 'part-*.txt.gz', are sorted.",
+        },
     )
-    validation_file: str | None = HfArg(
-        default=None, help="File of evaluation text, in one of the same formats."
+    validation_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "Files of evaluation text, given in the same way.",
+        },
     )
     text_column_name: str | None = HfArg(
         default=None,
@@ -715,10 +728,12 @@ def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
                 datasets.load_dataset(args.dataset_name, args.dataset_config_name, **load_options)
             )
         sources = dict.fromkeys(splits, source)
-    for split, file in (("train", args.train_file), ("validation", args.validation_file)):
-        if file:
-            sources[split] = f"--{split}_file {file}"
-            splits[split] = load_text_file(sources[split], file, text_options or {}, load_options)
+    for split, files in (("train", args.train_file), ("validation", args.validation_file)):
+        if files:
+            # The message of an error names the first of many files.
+            sources[split] = f"--{split}_file {' '.join(files[:3])}{' ...' * (len(files) > 3)}"
+            found = find_files(sources[split], files)
+            splits[split] = load_text_files(sources[split], found, text_options or {}, load_options)
 
     for split in ("train", "validation"):
         if split in splits:
@@ -741,28 +756,66 @@ def check_formats(source: str, folder: Path) -> None:
     loaders = set()
     for path in folder.rglob("*"):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix in LOADERS and not is_hidden and path.name != "dataset_infos.json":
-            loaders.add(LOADERS[path.suffix])
+        loader = LOADERS.get(data_extension(path))
+        if loader and not is_hidden and path.name != "dataset_infos.json":
+            loaders.add(loader)
     if len(loaders) > 1:
         raise InputError(
             f"{source}: it has files of several formats, {', '.join(sorted(loaders))}; keep one"
         )
 
 
-def load_text_file(source: str, file: str, text_options: dict, load_options: dict):
-    """Load a data file. `source` names it in the message of an InputError."""
-    extension = Path(file).suffix.lower()
-    if extension not in LOADERS:
-        raise InputError(f"{source}: its extension must be one of {', '.join(LOADERS)}")
-    if extension == ".txt":
-        load_options = load_options | text_options
-    if Path(file).is_file() and Path(file).stat().st_size == 0:
-        raise InputError(f"{source}: the file is empty")
-    with input_errors(f"{source}: cannot be read"):
+def data_extension(file: str | Path) -> str:
+    """Extension of a data file without that of its compression: .txt for corpus.txt.gz.
+
+    Parquet files have a compression of their own, so .parquet.gz counts as .gz, which is no format.
+    """
+    path = Path(file)
+    extension = path.suffix.lower()
+    inner = path.with_suffix("").suffix.lower()
+    return inner if extension in COMPRESSIONS and inner != ".parquet" else extension
+
+
+def find_files(source: str, patterns: list[str]) -> list[str]:
+    """Find the files that are not empty among those that `patterns` name.
+
+    The files of a pattern are sorted. `source` names the flag in the message of an InputError,
+    which is raised if a pattern finds no file or if all files are empty.
+    """
+    files = []
+    for pattern in patterns:
+        found = [pattern]
         # A file whose name has brackets is not a pattern.
-        pattern = glob.escape(file) if Path(file).exists() else file
+        if not Path(pattern).exists() and "://" not in pattern:
+            found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise InputError(f"{source}: there is no file {pattern}")
+        files += [file for file in found if file not in files]
+    empty = [file for file in files if Path(file).is_file() and Path(file).stat().st_size == 0]
+    if empty == files:
+        raise InputError(f"{source}: {'the file is' if len(files) == 1 else 'all files are'} empty")
+    if empty:
+        logger.warning(f"{source}: {len(empty)} empty files are left out, such as {empty[0]}.")
+    return [file for file in files if file not in empty]
+
+
+def load_text_files(source: str, files: list[str], text_options: dict, load_options: dict):
+    """Load data files of one format. `source` names the flag in the message of an InputError."""
+    for file in files:
+        if data_extension(file) not in LOADERS:
+            raise InputError(
+                f"{source}: the extension of {file} must be one of {', '.join(LOADERS)}; "
+                f"{', '.join(COMPRESSIONS)} may follow all of them but .parquet"
+            )
+    loaders = sorted({LOADERS[data_extension(file)] for file in files})
+    if len(loaders) > 1:
+        raise InputError(f"{source}: files of several formats, {', '.join(loaders)}; keep one")
+    if loaders == ["text"]:
+        load_options = load_options | text_options
+    with input_errors(f"{source}: cannot be read"):
+        data_files = [glob.escape(file) for file in files]
         return datasets.load_dataset(
-            LOADERS[extension], data_files=[pattern], split="train", **load_options
+            loaders[0], data_files=data_files, split="train", **load_options
         )
 
 
@@ -1500,7 +1553,10 @@ def parse_args(argv: list[str]):
     if len(argv) == 1 and argv[0].endswith(".json"):
         with input_errors(f"{argv[0]}: cannot read a JSON object"):
             settings = json.loads(Path(argv[0]).read_text("utf-8")).items()
-        argv = [f"--{name}={value}" for name, value in settings if value is not None]
+        argv = []
+        for name, value in settings:
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{name}={item}" for item in values if item is not None]
     parser = HfArgumentParser(
         (ModelArguments, DataTrainingArguments, TrainingArguments),
         allow_abbrev=False,
@@ -1625,7 +1681,7 @@ def check_sources(args) -> None:
     if not file and not args.dataset_name:
         raise InputError("no data: give --dataset_name or --train_file")
     if file and args.dataset_name:
-        raise InputError(f"two data sources: --dataset_name {args.dataset_name} and {file}")
+        raise InputError(f"two data sources: --dataset_name {args.dataset_name} and {file[0]}")
     if args.do_train and args.validation_file and not args.train_file:
         raise InputError("--validation_file needs --train_file, or --do_eval alone")
 
@@ -1979,9 +2035,12 @@ def settings_to_match(args, config, batch_size: int) -> dict:
 
 def settings_to_log(args, train_set) -> dict:
     """The settings in which a resumed run may differ. It logs those that do."""
-    names = [field.name for field in fields(DataTrainingArguments)]
+    names = [argument.name for argument in fields(DataTrainingArguments)]
     names = [name for name in names if name not in ("overwrite_cache", "preprocessing_num_workers")]
     settings = {f"--{name}": getattr(args, name) for name in [*names, *LEARNING_FLAGS]}
+    for name in ("--train_file", "--validation_file"):
+        # A checkpoint of one file may be older than lists of files.
+        settings[name] = " ".join(settings[name] or []) or None
     settings["number of devices"] = jax.device_count()
     if hasattr(train_set, "input_ids"):
         settings["checksum of the training text"] = zlib.crc32(train_set.input_ids)

@@ -85,6 +85,9 @@ def write_bad_data(folder: Path):
         "short.txt": b"w1 w2 w3\n" * 4,
         "two_lines.txt": b"w1 w2 w3\nw4 w5 w6\n",
         "text.doc": b"w1 w2 w3\n" * 100,
+        "text.doc.gz": b"w1 w2 w3\n" * 100,
+        "lists.parquet.gz": b"any",
+        "broken.txt.gz": b"\x1f\x8b\x08 and then something else",
         "empty.json": b"",
         "broken.json": b'{"text": "w1 w2"}\n{"text": "w1',
         "broken.jsonl": b'{"text": "w1 w2"}\nno json at all\n',
@@ -216,6 +219,11 @@ COMMAND_LINES = {
         {"pad_to_max_length": True},
         ["--pad_to_max_length", "--line_by_line"],
     ),
+}
+# Cases of --profile_steps.
+COMMAND_LINES |= {
+    f"profile_steps {value}": ({"profile_steps": value}, ["--profile_steps", value, "10:13"])
+    for value in ("10", "0:3", "5:4", "-1:3", "1:2:3", "a:b", "1.5:3", ":", "")
 }
 # Values that are wrong for any size, and for any real number.
 SIZES = ["0", "-1", "1.5", "many", "nan", ""]
@@ -381,6 +389,19 @@ ENVIRONMENT = {
     "empty json": ({"train_file": "empty.json"}, ["--train_file", "empty.json"]),
     "blank file": ({"train_file": "blank.txt"}, ["blank"]),
     "blank validation file": ({"validation_file": "blank.txt"}, ["blank"]),
+    "one of several files is missing": (
+        {"train_file": "train.txt", "validation_file": "missing-*.txt"},
+        ["--validation_file", "missing-*.txt"],
+    ),
+    "files of several formats": ({"train_file": "[bc]*.[cj]s*"}, ["--train_file", "csv", "json"]),
+    "a file of no known format among others": (
+        {"train_file": "t*.???"},
+        ["--train_file", "text.doc", ".jsonl", ".xz"],
+    ),
+    "an unknown extension before that of gzip": ({"train_file": "text.doc.gz"}, ["text.doc.gz"]),
+    "parquet in gzip": ({"train_file": "lists.parquet.gz"}, ["lists.parquet.gz", ".gz"]),
+    "only empty files": ({"train_file": "empty.*"}, ["--train_file", "empty"]),
+    "broken gzip": ({"train_file": "broken.txt.gz"}, ["--train_file", "broken.txt.gz"]),
     "undecodable": ({"train_file": "latin1.txt"}, ["--train_file", "latin1.txt", "utf-8"]),
     "broken json": ({"train_file": "broken.json"}, ["--train_file", "broken.json"]),
     "broken jsonl": ({"train_file": "broken.jsonl"}, ["--train_file", "broken.jsonl"]),
@@ -486,6 +507,12 @@ IN_COMMON = {
     "empty file",
     "empty json",
     "unknown extension",
+    "one of several files is missing",
+    "files of several formats",
+    "a file of no known format among others",
+    "an unknown extension before that of gzip",
+    "parquet in gzip",
+    "only empty files",
     "no split",
     "no such dataset",
     "a folder without data",

@@ -1063,17 +1063,79 @@ def encode(batch, tokenizer, language: str):
     return {"input_ids": input_ids}
 
 
-@dataclass
-class Sequences:
-    """Tokenized sequences, stored end to end so that a batch is one NumPy gather."""
+def encode_and_mark(batch, tokenizer, language: str):
+    """Tokenize documents, and leave out the pad tokens that `encode` puts between sentences.
 
-    input_ids: np.ndarray  # [tokens] int32
-    starts_sentence: np.ndarray  # [tokens] bool
-    starts: np.ndarray  # [sequences] int64
-    ends: np.ndarray  # [sequences] int64
+    Returns `input_ids` and `starts_sentence`, which is 1 for the token after each pad token.
+    """
+    kept = []
+    all_marks = []
+    for tokens in map(np.array, encode(batch, tokenizer, language)["input_ids"]):
+        is_pad = tokens == tokenizer.pad_token_id
+        follows_pad = np.append(False, is_pad[:-1])
+        # `datasets` stores lists faster than arrays.
+        kept.append(tokens[~is_pad].tolist())
+        all_marks.append(follows_pad[~is_pad].astype(np.int8).tolist())
+    return {"input_ids": kept, "starts_sentence": all_marks}
+
+
+class Tokens:
+    """The values of all lists of an Arrow column, end to end.
+
+    They stay in the memory-mapped chunks of the table, of about 1000 texts each. So reading takes
+    no memory of this process: the pages belong to the cache of the kernel, which all processes of a
+    host share, and which drops them when memory is short.
+    """
+
+    def __init__(self, chunks: list[np.ndarray]):
+        self.chunks = chunks
+        self.ends = np.cumsum([len(chunk) for chunk in chunks])  # [chunks] int64
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return int(self.ends[-1])
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Read `length` values from each position in `starts`, [rows] int64.
+
+        Returns them, [rows, length], with zeros beyond the last value.
+        """
+        rows = np.zeros((len(starts), length), self.chunks[0].dtype)
+        numbers = np.searchsorted(self.ends, starts, side="right")
+        for row, start, number in zip(rows, starts.tolist(), numbers.tolist(), strict=True):
+            num_read = 0
+            # A row may lie across several chunks.
+            while num_read < length and number < len(self.chunks):
+                chunk = self.chunks[number]
+                first = start + num_read - int(self.ends[number]) + len(chunk)
+                part = chunk[first : first + length - num_read]
+                row[num_read : num_read + len(part)] = part
+                num_read += len(part)
+                number += 1
+        return rows
+
+    def checksum(self) -> int:
+        """CRC-32 of all values."""
+        value = 0
+        for chunk in self.chunks:
+            value = zlib.crc32(chunk, value)
+        return value
+
+
+@dataclass
+class Sequences:
+    """Tokenized sequences, which are blocks of `max_length` tokens."""
+
+    input_ids: Tokens  # int32
+    starts_sentence: Tokens  # int8
+    count: int
+    max_length: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def starts(self, rows: np.ndarray) -> np.ndarray:
+        """Positions of the first tokens of sequences, [rows] int64. -1 stands for the last one."""
+        return rows % self.count * self.max_length
 
 
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
@@ -1081,11 +1143,17 @@ def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what:
 
     The tokens of all documents are concatenated and cut into blocks of `max_length`.
     """
+    features = datasets.Features(
+        {
+            "input_ids": datasets.Sequence(datasets.Value("int32")),
+            "starts_sentence": datasets.Sequence(datasets.Value("int8")),
+        }
+    )
     encoded = dataset.map(
-        partial(encode, tokenizer=tokenizer, language=args.language),
+        partial(encode_and_mark, tokenizer=tokenizer, language=args.language),
         batched=True,
         remove_columns=dataset.column_names,
-        features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
+        features=features,
         num_proc=args.preprocessing_num_workers,
         load_from_cache_file=not args.overwrite_cache,
         desc=f"Tokenizing {what} text",
@@ -1093,28 +1161,23 @@ def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what:
     if len(encoded) == 0:
         raise InputError(f"the {what} data has no text: all of its {len(dataset)} rows are blank")
 
-    # Drop the pad tokens between sentences, and mark the token after each.
-    tokens = read_tokens(encoded, "input_ids")
-    is_pad = tokens == tokenizer.pad_token_id
-    follows_pad = np.append(False, is_pad[:-1])
-    input_ids = tokens[~is_pad]
-    starts_sentence = follows_pad[~is_pad]
-    ends = np.arange(max_length, len(input_ids) + 1, max_length)
-    if len(ends) == 0:
+    input_ids = open_tokens(encoded, "input_ids")
+    starts_sentence = open_tokens(encoded, "starts_sentence")
+    count = len(input_ids) // max_length
+    if count == 0:
         raise InputError(
             f"too little {what} data: {len(input_ids)} tokens do not fill a block of {max_length}"
         )
-    starts = ends - max_length
-    return Sequences(input_ids, starts_sentence, starts[:limit], ends[:limit])
+    return Sequences(input_ids, starts_sentence, min(count, limit or count), max_length)
 
 
-def read_tokens(encoded, column: str) -> np.ndarray:
-    """Concatenate the lists of a column, read in bulk from its Arrow chunks.
+def open_tokens(encoded, column: str) -> Tokens:
+    """Open a column of lists in the Arrow files of `datasets`, which it has memory-mapped.
 
     `encoded` is the result of `map`: one of `filter` or `select` would have its rows elsewhere.
     """
     chunks = encoded.data.column(column).chunks
-    return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+    return Tokens([chunk.flatten().to_numpy() for chunk in chunks])
 
 
 def make_collator(args, config, tokenizer, max_length: int):
@@ -1161,10 +1224,10 @@ def make_batch(sequences, rows, collator, seed: tuple[int, ...], shape: tuple[in
         Arrays [local devices, *shape, length] int32.
     """
     local_rows = np.split(rows, jax.process_count())[jax.process_index()]
-    index = sequences.starts[local_rows, None] + np.arange(collator.max_length)
+    starts = sequences.starts(local_rows)
     batch = {
-        "input_ids": sequences.input_ids[index],
-        "starts_sentence": sequences.starts_sentence[index],
+        "input_ids": sequences.input_ids.read(starts, collator.max_length),
+        "starts_sentence": sequences.starts_sentence.read(starts, collator.max_length).astype(bool),
     }
     rngs = sequence_generators(seed, np.maximum(local_rows, 0))
     batch = collator(batch, rngs)
@@ -1185,11 +1248,14 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
 
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, ORDER_STREAM, epoch)).permutation(num_rows)
+        # The smallest type that holds the numbers: with lines there may be hundreds of millions.
+        order = np.arange(num_rows, dtype=np.min_scalar_type(num_rows))
+        np.random.default_rng((seed, ORDER_STREAM, epoch)).shuffle(order)
+        return order
 
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
-        rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
+        rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size].astype(np.int64)
         yield make_batch(sequences, rows, collator, (seed, TRAINING_STREAM, epoch), shape)
 
 
@@ -2211,7 +2277,7 @@ def settings_to_log(args, train_set) -> dict:
         settings[name] = " ".join(settings[name] or []) or None
     settings["number of devices"] = jax.device_count()
     if hasattr(train_set, "input_ids"):
-        settings["checksum of the training text"] = zlib.crc32(train_set.input_ids)
+        settings["checksum of the training text"] = train_set.input_ids.checksum()
     return settings
 
 

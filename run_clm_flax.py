@@ -872,16 +872,62 @@ def encode(batch, tokenizer):
     return {"input_ids": encoded["input_ids"]}
 
 
-@dataclass
-class Sequences:
-    """Tokenized sequences, stored end to end so that a batch is one NumPy gather."""
+class Tokens:
+    """The values of all lists of an Arrow column, end to end.
 
-    input_ids: np.ndarray  # [tokens] int32
-    starts: np.ndarray  # [sequences] int64
-    ends: np.ndarray  # [sequences] int64
+    They stay in the memory-mapped chunks of the table, of about 1000 texts each. So reading takes
+    no memory of this process: the pages belong to the cache of the kernel, which all processes of a
+    host share, and which drops them when memory is short.
+    """
+
+    def __init__(self, chunks: list[np.ndarray]):
+        self.chunks = chunks
+        self.ends = np.cumsum([len(chunk) for chunk in chunks])  # [chunks] int64
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return int(self.ends[-1])
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Read `length` values from each position in `starts`, [rows] int64.
+
+        Returns them, [rows, length], with zeros beyond the last value.
+        """
+        rows = np.zeros((len(starts), length), self.chunks[0].dtype)
+        numbers = np.searchsorted(self.ends, starts, side="right")
+        for row, start, number in zip(rows, starts.tolist(), numbers.tolist(), strict=True):
+            num_read = 0
+            # A row may lie across several chunks.
+            while num_read < length and number < len(self.chunks):
+                chunk = self.chunks[number]
+                first = start + num_read - int(self.ends[number]) + len(chunk)
+                part = chunk[first : first + length - num_read]
+                row[num_read : num_read + len(part)] = part
+                num_read += len(part)
+                number += 1
+        return rows
+
+    def checksum(self) -> int:
+        """CRC-32 of all values."""
+        value = 0
+        for chunk in self.chunks:
+            value = zlib.crc32(chunk, value)
+        return value
+
+
+@dataclass
+class Sequences:
+    """Tokenized sequences, which are blocks of `max_length` tokens."""
+
+    input_ids: Tokens  # int32
+    count: int
+    max_length: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def starts(self, rows: np.ndarray) -> np.ndarray:
+        """Positions of the first tokens of sequences, [rows] int64. -1 stands for the last one."""
+        return rows % self.count * self.max_length
 
 
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
@@ -903,23 +949,22 @@ def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what:
         desc=f"Tokenizing {what} text",
     )
 
-    input_ids = read_tokens(encoded, "input_ids")
-    ends = np.arange(max_length, len(input_ids) + 1, max_length)
-    if len(ends) == 0:
+    input_ids = open_tokens(encoded, "input_ids")
+    count = len(input_ids) // max_length
+    if count == 0:
         raise InputError(
             f"too little {what} data: {len(input_ids)} tokens do not fill a block of {max_length}"
         )
-    starts = np.concatenate([[0], ends[:-1]])
-    return Sequences(input_ids, starts[:limit], ends[:limit])
+    return Sequences(input_ids, min(count, limit or count), max_length)
 
 
-def read_tokens(encoded, column: str) -> np.ndarray:
-    """Concatenate the lists of a column, read in bulk from its Arrow chunks.
+def open_tokens(encoded, column: str) -> Tokens:
+    """Open a column of lists in the Arrow files of `datasets`, which it has memory-mapped.
 
     `encoded` is the result of `map`: one of `filter` or `select` would have its rows elsewhere.
     """
     chunks = encoded.data.column(column).chunks
-    return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+    return Tokens([chunk.flatten().to_numpy() for chunk in chunks])
 
 
 def make_collator(args, config, tokenizer, max_length: int):
@@ -942,8 +987,7 @@ def make_batch(sequences, rows, collator, shape: tuple[int, ...]):
     """
     local_rows = np.split(rows, jax.process_count())[jax.process_index()]
     length = collator.max_length
-    index = sequences.starts[local_rows, None] + np.arange(length)
-    input_ids = sequences.input_ids[index]
+    input_ids = sequences.input_ids.read(sequences.starts(local_rows), length)
     batch = collator({"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)})
     batch["labels"][local_rows < 0] = IGNORE
     num_devices = jax.local_device_count()
@@ -961,11 +1005,14 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
 
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, ORDER_STREAM, epoch)).permutation(num_rows)
+        # The smallest type that holds the numbers: with lines there may be hundreds of millions.
+        order = np.arange(num_rows, dtype=np.min_scalar_type(num_rows))
+        np.random.default_rng((seed, ORDER_STREAM, epoch)).shuffle(order)
+        return order
 
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
-        rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
+        rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size].astype(np.int64)
         yield make_batch(sequences, rows, collator, shape)
 
 
@@ -2043,7 +2090,7 @@ def settings_to_log(args, train_set) -> dict:
         settings[name] = " ".join(settings[name] or []) or None
     settings["number of devices"] = jax.device_count()
     if hasattr(train_set, "input_ids"):
-        settings["checksum of the training text"] = zlib.crc32(train_set.input_ids)
+        settings["checksum of the training text"] = train_set.input_ids.checksum()
     return settings
 
 

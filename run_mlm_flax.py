@@ -918,19 +918,101 @@ def encode(batch, tokenizer, max_length: int, line_by_line: bool, mark_words: bo
     return {"input_ids": encoded["input_ids"], "continues_word": all_marks}
 
 
-@dataclass
-class Sequences:
-    """Tokenized sequences, stored end to end so that a batch is one NumPy gather."""
+class Tokens:
+    """The values of all lists of an Arrow column, end to end.
 
-    input_ids: np.ndarray  # [tokens] int32
-    continues_word: np.ndarray  # [tokens] int8
-    starts: np.ndarray  # [sequences] int64
-    ends: np.ndarray  # [sequences] int64
-    max_length: int
-    pad_to_multiple_of: int
+    They stay in the memory-mapped chunks of the table, of about 1000 texts each. So reading takes
+    no memory of this process: the pages belong to the cache of the kernel, which all processes of a
+    host share, and which drops them when memory is short.
+    """
+
+    def __init__(self, chunks: list[np.ndarray]):
+        self.chunks = chunks
+        self.ends = np.cumsum([len(chunk) for chunk in chunks])  # [chunks] int64
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return int(self.ends[-1])
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Read `length` values from each position in `starts`, [rows] int64.
+
+        Returns them, [rows, length], with zeros beyond the last value.
+        """
+        rows = np.zeros((len(starts), length), self.chunks[0].dtype)
+        numbers = np.searchsorted(self.ends, starts, side="right")
+        for row, start, number in zip(rows, starts.tolist(), numbers.tolist(), strict=True):
+            num_read = 0
+            # A row may lie across several chunks.
+            while num_read < length and number < len(self.chunks):
+                chunk = self.chunks[number]
+                first = start + num_read - int(self.ends[number]) + len(chunk)
+                part = chunk[first : first + length - num_read]
+                row[num_read : num_read + len(part)] = part
+                num_read += len(part)
+                number += 1
+        return rows
+
+    def checksum(self) -> int:
+        """CRC-32 of all values."""
+        value = 0
+        for chunk in self.chunks:
+            value = zlib.crc32(chunk, value)
+        return value
+
+
+class Lines:
+    """Where the lists of an Arrow column begin and end among all its values.
+
+    The offsets of the lists are memory-mapped, as the values are.
+    """
+
+    def __init__(self, encoded, column: str):
+        chunks = encoded.data.column(column).chunks
+        self.offsets = [chunk.offsets.to_numpy() for chunk in chunks]  # each [lists + 1] int32
+        self.ends = np.cumsum([len(chunk) for chunk in chunks])  # [chunks] int64
+        num_values = [int(offsets[-1] - offsets[0]) for offsets in self.offsets]
+        # The position of the value with offset 0 in each chunk.
+        first_offsets = np.array([offsets[0] for offsets in self.offsets], np.int64)
+        self.origins = np.cumsum(num_values) - num_values - first_offsets
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the first value of lists and after their last one, both [rows] int64."""
+        numbers = np.searchsorted(self.ends, rows, side="right")
+        bounds = np.empty((2, len(rows)), np.int64)
+        for place, (row, number) in enumerate(zip(rows.tolist(), numbers.tolist(), strict=True)):
+            offsets = self.offsets[number]
+            index = row - int(self.ends[number]) + len(offsets) - 1
+            bounds[:, place] = offsets[index : index + 2]
+        starts, ends = bounds + self.origins[numbers]
+        return starts, ends
+
+
+@dataclass
+class Sequences:
+    """Tokenized sequences: blocks of `max_length` tokens, or, where `lines` is given, lines."""
+
+    input_ids: Tokens  # int32
+    continues_word: Tokens  # int8
+    count: int
+    max_length: int
+    pad_to_multiple_of: int
+    lines: Lines | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the first token of sequences and after the last one, both [rows] int64.
+
+        -1 stands for the last sequence.
+        """
+        rows = rows % self.count
+        if self.lines:
+            return self.lines.bounds(rows)
+        return rows * self.max_length, (rows + 1) * self.max_length
 
 
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
@@ -963,34 +1045,31 @@ def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what:
     if len(encoded) == 0:
         raise InputError(f"the {what} data has no text: all of its {len(dataset)} rows are blank")
 
-    input_ids = read_tokens(encoded, "input_ids")
-    continues_word = read_tokens(encoded, "continues_word")
+    input_ids = open_tokens(encoded, "input_ids")
+    continues_word = open_tokens(encoded, "continues_word")
+    lines = None
+    count = len(input_ids) // max_length
+    pad_to_multiple_of = max_length
     if args.line_by_line:
-        chunks = encoded.data.column("input_ids").chunks
-        lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
-        ends = np.concatenate(lengths).cumsum()
+        lines = Lines(encoded, "input_ids")
+        count = len(lines)
         # Padding to a multiple of 16 limits the number of shapes that are compiled.
         pad_to_multiple_of = max_length if args.pad_to_max_length else 16
-    else:
-        ends = np.arange(max_length, len(input_ids) + 1, max_length)
-        pad_to_multiple_of = max_length
-    if len(ends) == 0:
+    if count == 0:
         raise InputError(
             f"too little {what} data: {len(input_ids)} tokens do not fill a block of {max_length}"
         )
-    starts = np.concatenate([[0], ends[:-1]])
-    return Sequences(
-        input_ids, continues_word, starts[:limit], ends[:limit], max_length, pad_to_multiple_of
-    )
+    count = min(count, limit or count)
+    return Sequences(input_ids, continues_word, count, max_length, pad_to_multiple_of, lines)
 
 
-def read_tokens(encoded, column: str) -> np.ndarray:
-    """Concatenate the lists of a column, read in bulk from its Arrow chunks.
+def open_tokens(encoded, column: str) -> Tokens:
+    """Open a column of lists in the Arrow files of `datasets`, which it has memory-mapped.
 
     `encoded` is the result of `map`: one of `filter` or `select` would have its rows elsewhere.
     """
     chunks = encoded.data.column(column).chunks
-    return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+    return Tokens([chunk.flatten().to_numpy() for chunk in chunks])
 
 
 def make_collator(args, config, tokenizer, max_length: int):
@@ -1032,21 +1111,21 @@ def make_batch(sequences, rows, collator, seed: tuple[int, ...], shape: tuple[in
     Returns:
         Arrays [local devices, *shape, length] int32.
     """
-    longest = np.max(sequences.ends[rows] - sequences.starts[rows])
+    starts, ends = sequences.bounds(rows)
+    longest = np.max(ends - starts)
     multiple = sequences.pad_to_multiple_of
     length = min(sequences.max_length, multiple * math.ceil(longest / multiple))
-    local_rows = np.split(rows, jax.process_count())[jax.process_index()]
 
-    index = sequences.starts[local_rows, None] + np.arange(length)
-    is_inside = index < sequences.ends[local_rows, None]
-    index = np.minimum(index, len(sequences.input_ids) - 1)
+    local_rows = np.split(rows, jax.process_count())[jax.process_index()]
+    starts, ends = sequences.bounds(local_rows)
+    is_inside = np.arange(length) < (ends - starts)[:, None]
     pad_token_id = np.int32(collator.tokenizer.pad_token_id or 0)
     batch = {
-        "input_ids": np.where(is_inside, sequences.input_ids[index], pad_token_id),
+        "input_ids": np.where(is_inside, sequences.input_ids.read(starts, length), pad_token_id),
         "attention_mask": is_inside.astype(np.int32),
     }
     if collator.whole_words:
-        batch["continues_word"] = sequences.continues_word[index]
+        batch["continues_word"] = sequences.continues_word.read(starts, length)
 
     rngs = sequence_generators(seed, np.maximum(local_rows, 0))
     # Mask tokens are special, so nothing is predicted in rows that fill the batch.
@@ -1069,11 +1148,14 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
 
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, ORDER_STREAM, epoch)).permutation(num_rows)
+        # The smallest type that holds the numbers: with lines there may be hundreds of millions.
+        order = np.arange(num_rows, dtype=np.min_scalar_type(num_rows))
+        np.random.default_rng((seed, ORDER_STREAM, epoch)).shuffle(order)
+        return order
 
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
-        rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
+        rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size].astype(np.int64)
         yield make_batch(sequences, rows, collator, (seed, TRAINING_STREAM, epoch), shape)
 
 
@@ -2094,7 +2176,7 @@ def settings_to_log(args, train_set) -> dict:
         settings[name] = " ".join(settings[name] or []) or None
     settings["number of devices"] = jax.device_count()
     if hasattr(train_set, "input_ids"):
-        settings["checksum of the training text"] = zlib.crc32(train_set.input_ids)
+        settings["checksum of the training text"] = train_set.input_ids.checksum()
     return settings
 
 

@@ -42,7 +42,6 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -2093,7 +2092,7 @@ def settings_to_log(args, train_set) -> dict:
         settings[name] = " ".join(settings[name] or []) or None
     settings["number of devices"] = jax.device_count()
     if hasattr(train_set, "input_ids"):
-        settings["checksum of the training text"] = zlib.crc32(train_set.input_ids)
+        settings["checksum of the training text"] = train_set.input_ids.checksum()
     return settings
 
 

@@ -31,7 +31,7 @@ DIFFER_BY_OBJECTIVE = {
     "make_loss_fn": 2,
     "load_texts": ANY,
     "encode": ANY,
-    "Sequences": 12,
+    "Sequences": 18,
     "tokenize": 43,
     "make_collator": 16,
     "make_batch": 33,

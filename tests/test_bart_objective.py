@@ -648,7 +648,7 @@ def sequences(tmp_path_factory, roberta_dir):
     args = parse(roberta_dir, *flags)
     train, _ = bart.load_texts(args)
     found = bart.tokenize(train, tokenizer, 16, args, 50, "tested")
-    assert len(found.ends) == 50
+    assert len(found) == 50
     tokens = [token for text in texts for token in tokenizer(text.rstrip())["input_ids"]]
     return found, np.array(tokens), tokenizer
 

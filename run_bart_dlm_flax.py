@@ -1089,7 +1089,9 @@ class Tokens:
 
     def __init__(self, chunks: list[np.ndarray]):
         self.chunks = chunks
-        self.ends = np.cumsum([len(chunk) for chunk in chunks])  # [chunks] int64
+        lengths = np.array([len(chunk) for chunk in chunks], np.int64)
+        self.ends = lengths.cumsum()
+        self.starts = self.ends - lengths
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -1101,16 +1103,16 @@ class Tokens:
         """
         rows = np.zeros((len(starts), length), self.chunks[0].dtype)
         numbers = np.searchsorted(self.ends, starts, side="right")
-        for row, start, number in zip(rows, starts.tolist(), numbers.tolist(), strict=True):
-            num_read = 0
+        firsts = starts - self.starts[numbers]
+        for row, number, first in zip(rows, numbers.tolist(), firsts.tolist(), strict=True):
+            part = self.chunks[number][first : first + length]
+            row[: len(part)] = part
             # A row may lie across several chunks.
-            while num_read < length and number < len(self.chunks):
-                chunk = self.chunks[number]
-                first = start + num_read - int(self.ends[number]) + len(chunk)
-                part = chunk[first : first + length - num_read]
-                row[num_read : num_read + len(part)] = part
-                num_read += len(part)
+            while len(part) < len(row) and number + 1 < len(self.chunks):
+                row = row[len(part) :]
                 number += 1
+                part = self.chunks[number][: len(row)]
+                row[: len(part)] = part
         return rows
 
     def checksum(self) -> int:

@@ -9,6 +9,11 @@ one with an empty cache, then one with the cache that the former has filled. All
 texts again. Figures are medians of the runs. `other` is the start of Python and of the devices, and
 the setup between the parts. `all` ends when the first step is dispatched, and does not include the
 time of that step.
+
+With --smoke: whole runs of each script as a CI job would do them, two steps of a tiny model with no
+config file and an evaluation, cold (nothing is cached) and warm. Then `save` is the time of writing
+the checkpoint and the model, `all` that of the process, and `cpu` its CPU time, user and system, on
+all cores. CPU time is the one to compare where other work runs on the machine.
 """
 
 import argparse

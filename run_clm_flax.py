@@ -2200,8 +2200,12 @@ def best_before(args, found: dict) -> dict:
     Its checkpoint is in this output directory: a run that resumes from another one begins to count.
     """
     best = found.get("best", NO_BEST)
-    checkpoint = Path(args.output_dir, "checkpoints", str(best["step"]))
-    if best["step"] and not checkpoint.is_dir():
+    output_dir = Path(args.output_dir).absolute()
+    source = Path(args.resume_from_checkpoint or output_dir).absolute()
+    checkpoint = output_dir / "checkpoints" / str(best["step"])
+    # Such a run deletes its own checkpoints and resumes from those of another one.
+    is_deleted = args.overwrite_output_dir and not source.is_relative_to(output_dir)
+    if best["step"] and (is_deleted or not checkpoint.is_dir()):
         logger.warning(f"{checkpoint}, the best one, is missing: the best is chosen from now on.")
         return NO_BEST
     return best

@@ -28,10 +28,12 @@ The model predicts every token from those before it.
 import fcntl
 import glob
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -42,7 +44,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -94,11 +96,14 @@ LOADERS = {
     ".parquet": "parquet",
 }
 
+# A second extension of a data file, if it is compressed. .zst needs the package zstandard.
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
 # The seed's stream of random numbers for the order of the data.
 ORDER_STREAM = 0
 
 # The sums that `loss_sums` returns in training. `train_step` adds them up.
-TRAINING_SUMS = ("loss", "predicted")
+TRAINING_SUMS = ("loss", "z_loss", "predicted")
 
 # Generator of the dropout masks. "rbg" is the fastest on TPUs. Its bits depend on the key and the
 # kind of device alone, so a resumed run draws the same masks.
@@ -129,6 +134,9 @@ LEARNING_FLAGS = (
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "z_loss",
 )
 
 # Seconds that a server of the Hub has to answer a request.
@@ -139,6 +147,17 @@ LOCK_FILE = ".lock"
 
 # The checksums of an exported model, for `sha256sum --check`.
 CHECKSUM_FILE = "SHA256SUMS"
+
+# What is known of the best evaluation before the first one: the loss is the largest float32.
+NO_BEST = {
+    "step": 0,
+    "eval_loss": float(np.finfo(np.float32).max),
+    "evaluated": 0,
+    "without_improvement": 0,
+}
+
+# Settings of a config that --config_overrides leaves alone: they say what the config is.
+FIXED_SETTINGS = ("model_type", "architectures", "transformers_version")
 
 # Files of a checkpoint, which is the folder checkpoints/STEP.
 STATE_FILE = "state.safetensors"
@@ -191,6 +210,11 @@ class ModelArguments:
     config_name: str | None = HfArg(
         default=None, help="Hub id or folder of a config. Default: that of --model_name_or_path."
     )
+    config_overrides: str | None = HfArg(
+        default=None,
+        help="Settings of the config to replace in a model that is trained from scratch, such as "
+        "n_layer=2,n_embd=128,n_head=2. A list is written as in JSON.",
+    )
     tokenizer_name: str | None = HfArg(
         default=None, help="Hub id or folder of a tokenizer. Default: that of --model_name_or_path."
     )
@@ -223,11 +247,21 @@ class DataTrainingArguments:
     dataset_config_name: str | None = HfArg(
         default=None, help="Configuration of the dataset, such as its language."
     )
-    train_file: str | None = HfArg(
-        default=None, help="File of training text: .txt, .json, .jsonl, .csv or .parquet."
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "Files of training text: .parquet, or .txt, .json, .jsonl and .csv, which may "
+            "be compressed (.gz, .bz2, .xz, .zst). They are read in this order. Those of a quoted "
+            "pattern, such as 'part-*.txt.gz', are sorted.",
+        },
     )
-    validation_file: str | None = HfArg(
-        default=None, help="File of evaluation text, in one of the same formats."
+    validation_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "Files of evaluation text, given in the same way.",
+        },
     )
     text_column_name: str | None = HfArg(
         default=None,
@@ -320,6 +354,12 @@ class TrainingArguments:
     max_grad_norm: float = HfArg(
         default=0.0, help="Clip gradients to this global norm. 0 turns clipping off."
     )
+    z_loss: float = HfArg(
+        default=0.0,
+        help="Weight of the z-loss, such as 1e-4. It keeps the normalizer Z of the softmax near 1: "
+        "training minimizes the loss plus z_loss * log(Z)**2, the mean over the predicted tokens. "
+        "It is logged as train_z_loss and is part of neither train_loss nor eval_loss.",
+    )
     logging_steps: int = HfArg(
         default=500, help="Write a log line every this many optimizer steps."
     )
@@ -327,6 +367,21 @@ class TrainingArguments:
     save_total_limit: int = HfArg(default=2, help="Number of checkpoints to keep.")
     eval_steps: int | None = HfArg(
         default=None, help="Evaluate every this many optimizer steps. Default: once an epoch."
+    )
+    load_best_model_at_end: bool = HfArg(
+        default=False,
+        help="Save a checkpoint at each evaluation, too, and evaluate after the last step. Keep "
+        "the checkpoint with the lowest eval_loss, and export its weights at the end.",
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None,
+        help="With --load_best_model_at_end: stop training after this many evaluations without a "
+        "lower eval_loss.",
+    )
+    profile_steps: str | None = HfArg(
+        default=None,
+        help="First and last step, such as 10:13, of a trace for TensorBoard's profile plugin. It "
+        "is written to the folder profile in --output_dir.",
     )
     seed: int = HfArg(default=42, help="Seed of initialization, data order, masks and dropout.")
     distributed: bool = HfArg(
@@ -352,6 +407,7 @@ class TrainingArguments:
 def check_objective_args(args) -> None:
     """Check the flags that only this script has. Raises InputError."""
     check_range(args, "block_size", "at least 2", lambda value: value >= 2)
+    check_range(args, "z_loss", "at least 0 and finite", lambda value: 0 <= value < math.inf)
     families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if args.model_type not in (None, *families):
         raise InputError(f"--model_type {args.model_type}: not one of {', '.join(families)}")
@@ -490,7 +546,18 @@ def cross_entropy_sums(logits, labels, with_accuracy: bool) -> dict:
     return sums
 
 
-def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
+def z_loss_sum(logits, labels):
+    """Sum log(Z)**2 over the tokens with a label other than -100, a float32 scalar.
+
+    Z is the normalizer of the softmax. To train with a little of this, as PaLM does (Chowdhery et
+    al., 2022, https://arxiv.org/abs/2204.02311, section 5), keeps the logits from growing, which
+    makes training in bfloat16 more stable. The shapes are those of `cross_entropy_sums`.
+    """
+    log_z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+    return jnp.where(labels != IGNORE, log_z**2, 0).sum()
+
+
+def sum_in_chunks(sums_of_chunk, hidden_states, labels):
     """Sum `sums_of_chunk(hidden_states, labels)` over chunks of the tokens.
 
     The logits of all tokens never exist at once: there are CHUNKS chunks, one after the other. When
@@ -500,13 +567,13 @@ def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
     at once and one-hot labels, in about the same time (benchmarks/clm_memory.py).
 
     Args:
-        sums_of_chunk: Function that applies the head and returns a dict of sums, float32 scalars.
-            Of these, `loss` alone has gradients.
+        sums_of_chunk: Function that applies the head and returns two things: the sum to
+            differentiate, a float32 scalar, and a dict of sums that have no gradients.
         hidden_states: Input of the head, [tokens, width].
         labels: [tokens] int32.
 
     Returns:
-        The sums over all tokens.
+        The same two, over all tokens.
     """
     # Cut the tokens into chunks of equal size. What fills up the last chunk predicts nothing.
     surplus = -len(labels) % CHUNKS
@@ -527,11 +594,10 @@ def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
             chunk_states, chunk_labels = chunk
 
             def loss_of_chunk(head_params, chunk_states):
-                sums = sums_of_chunk(chunk_states, chunk_labels, *head_params)
-                return sums["loss"], sums
+                return sums_of_chunk(chunk_states, chunk_labels, *head_params)
 
-            grad_fn = jax.grad(loss_of_chunk, argnums=(0, 1), has_aux=True)
-            (new_grads, states_grads), sums = grad_fn(head_params, chunk_states)
+            grad_fn = jax.value_and_grad(loss_of_chunk, argnums=(0, 1), has_aux=True)
+            sums, (new_grads, states_grads) = grad_fn(head_params, chunk_states)
             return jax.tree.map(jnp.add, params_grads, new_grads), (sums, states_grads)
 
         zeros = jax.tree.map(jnp.zeros_like, head_params)
@@ -540,7 +606,7 @@ def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
         return jax.tree.map(jnp.sum, sums), (params_grads, states_grads)
 
     def backward(grads, sums_grads):
-        scale = sums_grads["loss"]
+        scale, _ = sums_grads
         params_grads, states_grads = jax.tree.map(
             lambda grad: grad * scale.astype(grad.dtype), grads
         )
@@ -551,7 +617,7 @@ def sum_in_chunks(sums_of_chunk, hidden_states, labels) -> dict:
     return total(head_params, hidden_states, labels)
 
 
-def loss_sums(params, batch, model, dropout_rng=None):
+def loss_sums(params, batch, model, dropout_rng=None, z_loss: float = 0.0):
     """Sum the cross-entropy of each token, given those before it.
 
     Args:
@@ -559,20 +625,24 @@ def loss_sums(params, batch, model, dropout_rng=None):
         batch: `input_ids`, `attention_mask` and `labels`, [batch, length] int32.
         model: The Flax model.
         dropout_rng: Key of dropout. Without a key the model evaluates.
+        z_loss: Weight of `z_loss_sum`.
 
     Returns:
-        The sum, and a dict of the sums that means are computed from: `loss` and `predicted` (the
-        number of predicted tokens). All are float32 scalars.
+        The sum to differentiate, loss and z-loss, and a dict of the sums that means are computed
+        from: `loss`, `z_loss` and `predicted` (the number of predicted tokens). All are float32
+        scalars.
     """
     hidden_states, head = split_at_head(params, batch, model, dropout_rng)
     # A position predicts the next token. The last position of a sequence predicts nothing.
     labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
 
     def sums_of_chunk(hidden_states, labels):
-        return cross_entropy_sums(head(hidden_states), labels, with_accuracy=False)
+        logits = head(hidden_states)
+        sums = cross_entropy_sums(logits, labels, with_accuracy=False)
+        sums["z_loss"] = z_loss * z_loss_sum(logits, labels) if z_loss else jnp.float32(0)
+        return sums["loss"] + sums["z_loss"], sums
 
-    sums = sum_in_chunks(sums_of_chunk, hidden_states, labels.reshape(-1))
-    return sums["loss"], sums
+    return sum_in_chunks(sums_of_chunk, hidden_states, labels.reshape(-1))
 
 
 def recompute(loss_fn, part: str):
@@ -683,10 +753,12 @@ def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
                 datasets.load_dataset(args.dataset_name, args.dataset_config_name, **load_options)
             )
         sources = dict.fromkeys(splits, source)
-    for split, file in (("train", args.train_file), ("validation", args.validation_file)):
-        if file:
-            sources[split] = f"--{split}_file {file}"
-            splits[split] = load_text_file(sources[split], file, text_options or {}, load_options)
+    for split, files in (("train", args.train_file), ("validation", args.validation_file)):
+        if files:
+            # The message of an error names the first of many files.
+            sources[split] = f"--{split}_file {' '.join(files[:3])}{' ...' * (len(files) > 3)}"
+            found = find_files(sources[split], files)
+            splits[split] = load_text_files(sources[split], found, text_options or {}, load_options)
 
     for split in ("train", "validation"):
         if split in splits:
@@ -709,28 +781,66 @@ def check_formats(source: str, folder: Path) -> None:
     loaders = set()
     for path in folder.rglob("*"):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix in LOADERS and not is_hidden and path.name != "dataset_infos.json":
-            loaders.add(LOADERS[path.suffix])
+        loader = LOADERS.get(data_extension(path))
+        if loader and not is_hidden and path.name != "dataset_infos.json":
+            loaders.add(loader)
     if len(loaders) > 1:
         raise InputError(
             f"{source}: it has files of several formats, {', '.join(sorted(loaders))}; keep one"
         )
 
 
-def load_text_file(source: str, file: str, text_options: dict, load_options: dict):
-    """Load a data file. `source` names it in the message of an InputError."""
-    extension = Path(file).suffix.lower()
-    if extension not in LOADERS:
-        raise InputError(f"{source}: its extension must be one of {', '.join(LOADERS)}")
-    if extension == ".txt":
-        load_options = load_options | text_options
-    if Path(file).is_file() and Path(file).stat().st_size == 0:
-        raise InputError(f"{source}: the file is empty")
-    with input_errors(f"{source}: cannot be read"):
+def data_extension(file: str | Path) -> str:
+    """Extension of a data file without that of its compression: .txt for corpus.txt.gz.
+
+    Parquet files have a compression of their own, so .parquet.gz counts as .gz, which is no format.
+    """
+    path = Path(file)
+    extension = path.suffix.lower()
+    inner = path.with_suffix("").suffix.lower()
+    return inner if extension in COMPRESSIONS and inner != ".parquet" else extension
+
+
+def find_files(source: str, patterns: list[str]) -> list[str]:
+    """Find the files that are not empty among those that `patterns` name.
+
+    The files of a pattern are sorted. `source` names the flag in the message of an InputError,
+    which is raised if a pattern finds no file or if all files are empty.
+    """
+    files = []
+    for pattern in patterns:
+        found = [pattern]
         # A file whose name has brackets is not a pattern.
-        pattern = glob.escape(file) if Path(file).exists() else file
+        if not Path(pattern).exists() and "://" not in pattern:
+            found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise InputError(f"{source}: there is no file {pattern}")
+        files += [file for file in found if file not in files]
+    empty = [file for file in files if Path(file).is_file() and Path(file).stat().st_size == 0]
+    if empty == files:
+        raise InputError(f"{source}: {'the file is' if len(files) == 1 else 'all files are'} empty")
+    if empty:
+        logger.warning(f"{source}: {len(empty)} empty files are left out, such as {empty[0]}.")
+    return [file for file in files if file not in empty]
+
+
+def load_text_files(source: str, files: list[str], text_options: dict, load_options: dict):
+    """Load data files of one format. `source` names the flag in the message of an InputError."""
+    for file in files:
+        if data_extension(file) not in LOADERS:
+            raise InputError(
+                f"{source}: the extension of {file} must be one of {', '.join(LOADERS)}; "
+                f"{', '.join(COMPRESSIONS)} may follow all of them but .parquet"
+            )
+    loaders = sorted({LOADERS[data_extension(file)] for file in files})
+    if len(loaders) > 1:
+        raise InputError(f"{source}: files of several formats, {', '.join(loaders)}; keep one")
+    if loaders == ["text"]:
+        load_options = load_options | text_options
+    with input_errors(f"{source}: cannot be read"):
+        data_files = [glob.escape(file) for file in files]
         return datasets.load_dataset(
-            LOADERS[extension], data_files=[pattern], split="train", **load_options
+            loaders[0], data_files=data_files, split="train", **load_options
         )
 
 
@@ -787,16 +897,64 @@ def encode(batch, tokenizer):
     return {"input_ids": encoded["input_ids"]}
 
 
-@dataclass
-class Sequences:
-    """Tokenized sequences, stored end to end so that a batch is one NumPy gather."""
+class Tokens:
+    """The values of all lists of an Arrow column, end to end.
 
-    input_ids: np.ndarray  # [tokens] int32
-    starts: np.ndarray  # [sequences] int64
-    ends: np.ndarray  # [sequences] int64
+    They stay in the memory-mapped chunks of the table, of about 1000 texts each. So reading takes
+    no memory of this process: the pages belong to the cache of the kernel, which all processes of a
+    host share, and which drops them when memory is short.
+    """
+
+    def __init__(self, chunks: list[np.ndarray]):
+        self.chunks = chunks
+        lengths = np.array([len(chunk) for chunk in chunks], np.int64)
+        self.ends = lengths.cumsum()
+        self.starts = self.ends - lengths
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return int(self.ends[-1])
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Read `length` values from each position in `starts`, [rows] int64.
+
+        Returns them, [rows, length], with zeros beyond the last value.
+        """
+        rows = np.zeros((len(starts), length), self.chunks[0].dtype)
+        numbers = np.searchsorted(self.ends, starts, side="right")
+        firsts = starts - self.starts[numbers]
+        for row, number, first in zip(rows, numbers.tolist(), firsts.tolist(), strict=True):
+            part = self.chunks[number][first : first + length]
+            row[: len(part)] = part
+            # A row may lie across several chunks.
+            while len(part) < len(row) and number + 1 < len(self.chunks):
+                row = row[len(part) :]
+                number += 1
+                part = self.chunks[number][: len(row)]
+                row[: len(part)] = part
+        return rows
+
+    def checksum(self) -> int:
+        """CRC-32 of all values."""
+        value = 0
+        for chunk in self.chunks:
+            value = zlib.crc32(chunk, value)
+        return value
+
+
+@dataclass
+class Sequences:
+    """Tokenized sequences, which are blocks of `max_length` tokens."""
+
+    input_ids: Tokens  # int32
+    count: int
+    max_length: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def starts(self, rows: np.ndarray) -> np.ndarray:
+        """Positions of the first tokens of sequences, [rows] int64. -1 stands for the last one."""
+        return rows % self.count * self.max_length
 
 
 def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what: str) -> Sequences:
@@ -818,23 +976,22 @@ def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what:
         desc=f"Tokenizing {what} text",
     )
 
-    input_ids = read_tokens(encoded, "input_ids")
-    ends = np.arange(max_length, len(input_ids) + 1, max_length)
-    if len(ends) == 0:
+    input_ids = open_tokens(encoded, "input_ids")
+    count = len(input_ids) // max_length
+    if count == 0:
         raise InputError(
             f"too little {what} data: {len(input_ids)} tokens do not fill a block of {max_length}"
         )
-    starts = np.concatenate([[0], ends[:-1]])
-    return Sequences(input_ids, starts[:limit], ends[:limit])
+    return Sequences(input_ids, min(count, limit or count), max_length)
 
 
-def read_tokens(encoded, column: str) -> np.ndarray:
-    """Concatenate the lists of a column, read in bulk from its Arrow chunks.
+def open_tokens(encoded, column: str) -> Tokens:
+    """Open a column of lists in the Arrow files of `datasets`, which it has memory-mapped.
 
     `encoded` is the result of `map`: one of `filter` or `select` would have its rows elsewhere.
     """
     chunks = encoded.data.column(column).chunks
-    return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+    return Tokens([chunk.flatten().to_numpy() for chunk in chunks])
 
 
 def make_collator(args, config, tokenizer, max_length: int):
@@ -857,8 +1014,7 @@ def make_batch(sequences, rows, collator, shape: tuple[int, ...]):
     """
     local_rows = np.split(rows, jax.process_count())[jax.process_index()]
     length = collator.max_length
-    index = sequences.starts[local_rows, None] + np.arange(length)
-    input_ids = sequences.input_ids[index]
+    input_ids = sequences.input_ids.read(sequences.starts(local_rows), length)
     batch = collator({"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)})
     batch["labels"][local_rows < 0] = IGNORE
     num_devices = jax.local_device_count()
@@ -876,11 +1032,14 @@ def train_batches(sequences, collator, seed: int, steps: range, shape: tuple[int
 
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, ORDER_STREAM, epoch)).permutation(num_rows)
+        # The smallest type that holds the numbers: with lines there may be hundreds of millions.
+        order = np.arange(num_rows, dtype=np.min_scalar_type(num_rows))
+        np.random.default_rng((seed, ORDER_STREAM, epoch)).shuffle(order)
+        return order
 
     for step in steps:
         epoch, index = divmod(step, num_rows // batch_size)
-        rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size]
+        rows = order_of(epoch)[index * batch_size : (index + 1) * batch_size].astype(np.int64)
         yield make_batch(sequences, rows, collator, shape)
 
 
@@ -920,7 +1079,7 @@ def load_config_and_tokenizer(args):
 
     Returns config, tokenizer and length. Raises InputError if they do not fit.
     """
-    config = load_config(args)
+    config = override_config(load_config(args), args.config_overrides)
     name = args.config_name or args.model_name_or_path or f"--model_type {args.model_type}"
     if type(config) not in transformers.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{name}: type {config.model_type} has no causal language model in Flax")
@@ -1037,6 +1196,65 @@ def load_config(args):
     if not is_same and type(config) is not transformers.CONFIG_MAPPING[args.model_type]:
         raise InputError(f"--model_type {args.model_type}: {name} is of type {config.model_type}")
     return config
+
+
+def override_config(config, overrides: str | None):
+    """Replace settings of a config by those of --config_overrides. Raises InputError.
+
+    The result is constructed again, because a constructor may derive one setting from another: the
+    decoder of T5 gets as many layers as its encoder, unless num_decoder_layers says otherwise.
+    """
+    if overrides is None:
+        return config
+    changes = {}
+    # A comma within a value is not followed by a name and an equals sign.
+    for item in re.split(r",(?=\s*\w+\s*=)", overrides):
+        name, has_value, text = (part.strip() for part in item.partition("="))
+        # Some settings have a second name, which all model types share.
+        name = config.attribute_map.get(name, name)
+        if not has_value or name not in config.to_dict() or name in FIXED_SETTINGS:
+            known = ", ".join(inspect.signature(type(config)).parameters).removesuffix(", kwargs")
+            raise InputError(
+                f"--config_overrides {item}: not name=value with a name of a {config.model_type} "
+                f"config: {known}"
+            )
+        changes[name] = parse_setting(item, text, getattr(config, name))
+
+    # What equals the default may have been derived.
+    defaults = type(config)().to_dict().items()
+    settings = dict(item for item in config.to_dict().items() if item not in defaults)
+    # The version that has written the config. `to_dict` has that of this process.
+    settings["transformers_version"] = config.transformers_version
+    settings |= changes
+    with input_errors(f"--config_overrides {overrides}: no valid {config.model_type} config"):
+        overridden = type(config).from_dict(settings)
+    shown = [f"{name} is {value}, not {getattr(config, name)}" for name, value in changes.items()]
+    logger.info(f"--config_overrides: {'; '.join(shown)}.")
+    return overridden
+
+
+def parse_setting(item: str, text: str, current):
+    """Convert the value of a setting, `text`, to the type of its `current` value.
+
+    A setting that is None takes any value. `item`, name=value, is for the InputError.
+    """
+    if isinstance(current, str):
+        return text
+    try:
+        # They may be spelled as in Python.
+        constants = {"True": "true", "False": "false", "None": "null"}
+        value = json.loads(constants.get(text, text))
+    except ValueError:
+        value = text
+    if isinstance(current, float) and type(value) is int:
+        value = float(value)
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if not is_finite or (current is not None and type(value) is not type(current)):
+        raise InputError(
+            f"--config_overrides {item}: it must be of type {type(current).__name__}, such as "
+            f"{json.dumps(current)}"
+        )
+    return value
 
 
 def load_tokenizer(args):
@@ -1279,6 +1497,22 @@ def eval_step(params, batch, loss_fn):
     return jax.lax.psum(sums, "batch")
 
 
+def make_steps(args, model, collator, schedule):
+    """Map `train_step` and `eval_step` to all devices.
+
+    They are compiled when they are first called.
+    """
+    loss_fn = make_loss_fn(args, model, collator)
+    training_loss_fn = partial(loss_fn, z_loss=args.z_loss)
+    p_train_step = jax.pmap(
+        partial(train_step, loss_fn=training_loss_fn, schedule=schedule, seed=args.seed),
+        axis_name="batch",
+        donate_argnums=0,
+    )
+    p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+    return p_train_step, p_eval_step
+
+
 def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int) -> dict:
     """Evaluate `params`, and log and return the results.
 
@@ -1322,7 +1556,7 @@ def add_host_values(totals: dict[str, float], sums) -> None:
         totals[name] = totals.get(name, 0.0) + float(np.asarray(array)[0])
 
 
-def train(args, state, p_train_step, batches, steps: range, log, saver, stop, evaluate_now):
+def train(args, state, p_train_step, batches, steps: range, log, saver, stop, evaluations):
     """Run the training loop.
 
     Args:
@@ -1334,12 +1568,12 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
         log: The TrainingLog.
         saver: The Saver, or None in a process that does not write.
         stop: The StopSignals.
-        evaluate_now: Function of parameters and step.
+        evaluations: The Evaluations.
 
     Returns:
         The last state, and the number of steps that it has taken.
     """
-    eval_steps = args.eval_steps or log.steps_per_epoch
+    batches = evaluations.resume(state.params, steps.start, batches)
     totals = zeros = zero_totals()
     step = steps.start
     # `step` counts the steps that are taken: it is 1 after the first.
@@ -1354,23 +1588,28 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
         # All processes must call `check`.
         is_stopping = stop.check(step) != 0
         is_last = is_stopping or step == steps.stop
-        is_save = step % args.save_steps == 0 or is_last
+        is_evaluation = evaluations.are_due(step) and not is_stopping
+        is_trial = is_evaluation and evaluations.keeps_best
+        is_save = step % args.save_steps == 0 or is_last or is_trial
         if step % args.logging_steps == 0 or is_save:
             log.due = (step, totals)
             totals = zeros
         if is_save:
             # Raises InputError if the loss is not finite, so that such a state is never saved.
             log.flush()
+            if is_trial:
+                # The checkpoint stores the result.
+                is_last = evaluations.run(state.params, step) or is_last
             if saver:
-                saver.save(state, step, is_last)
-        if is_stopping:
+                saver.save(state, step, is_last, **evaluations.stored())
+        if is_last:
             break
-        if args.do_eval and step % eval_steps == 0 and not is_last:
-            evaluate_now(state.params, step)
+        if is_evaluation and not is_trial:
+            evaluations.run(state.params, step)
 
     if saver and step == steps.start:
         # All steps were taken before. That run may have been killed before it exported the model.
-        saver.save(state, step, is_last=True)
+        saver.save(state, step, is_last=True, **evaluations.stored())
     return state, step
 
 
@@ -1390,10 +1629,10 @@ def parse_args(argv: list[str]):
             settings = json.loads(Path(argv[0]).read_text("utf-8")).items()
         argv = []
         for name, value in settings:
-            if value is True:
-                argv.append(f"--{name}")
-            elif value is not None:
-                argv.append(f"--{name}={value}")
+            for item in value if isinstance(value, list) else [value]:
+                if item is not None:
+                    # True is a switch without a value.
+                    argv.append(f"--{name}" if item is True else f"--{name}={item}")
     parser = HfArgumentParser(
         (ModelArguments, DataTrainingArguments, TrainingArguments),
         allow_abbrev=False,
@@ -1450,7 +1689,7 @@ def check_args(args) -> None:
         args,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples "
-        "preprocessing_num_workers",
+        "preprocessing_num_workers early_stopping_patience",
         "at least 1",
         lambda value: value >= 1,
     )
@@ -1482,6 +1721,30 @@ def check_args(args) -> None:
     check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
+    check_range(
+        args, "profile_steps", "FIRST:LAST, two numbers of steps, such as 10:13", is_range_of_steps
+    )
+    check_sources(args)
+    if args.load_best_model_at_end and not (args.do_train and args.do_eval):
+        raise InputError("--load_best_model_at_end needs --do_train and --do_eval, or neither")
+    if args.early_stopping_patience and not args.load_best_model_at_end:
+        raise InputError("--early_stopping_patience needs --load_best_model_at_end")
+
+
+def is_range_of_steps(value: str) -> bool:
+    """Whether a value of --profile_steps names a first step and a last one."""
+    match = re.fullmatch(r"(\d+):(\d+)", value)
+    return match is not None and 1 <= int(match[1]) <= int(match[2])
+
+
+def check_sources(args) -> None:
+    """Check the flags that name the model, the tokenizer and the data. Raises InputError."""
+    if args.config_overrides is not None and args.model_name_or_path not in (None, args.output_dir):
+        # A finished run that is evaluated has the same settings already.
+        raise InputError(
+            f"--config_overrides {args.config_overrides}: the weights of --model_name_or_path "
+            "need their own config; leave one of the two out"
+        )
     has_new_model = args.do_train and (args.config_name or args.model_type)
     if not args.model_name_or_path and not has_new_model:
         raise InputError(
@@ -1494,7 +1757,7 @@ def check_args(args) -> None:
     if not file and not args.dataset_name:
         raise InputError("no data: give --dataset_name or --train_file")
     if file and args.dataset_name:
-        raise InputError(f"two data sources: --dataset_name {args.dataset_name} and {file}")
+        raise InputError(f"two data sources: --dataset_name {args.dataset_name} and {file[0]}")
     if args.do_train and args.validation_file and not args.train_file:
         raise InputError("--validation_file needs --train_file, or --do_eval alone")
 
@@ -1563,6 +1826,8 @@ class TrainingLog:
             "train_tokens_per_second": sums["tokens"] / (now - self.last),
         }
         self.last = now
+        if sums.get("z_loss"):
+            self.results["train_z_loss"] = sums["z_loss"] / max(sums["predicted"], 1)
         shown = [f"epoch {step / self.steps_per_epoch:.2f}"] if self.steps_per_epoch else []
         shown.append(f"loss {self.results['train_loss']:.3f}")
         shown.append(f"{self.results['train_tokens_per_second']:,.0f} tokens/s")
@@ -1578,6 +1843,55 @@ class TrainingLog:
                 self.writer.flush()
         shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
         logger.info(f"Step {step}: {shown}")
+
+
+@contextmanager
+def profiled(p_train_step, args, steps: range):
+    """Yield `p_train_step`, which with --profile_steps writes a trace of these steps.
+
+    The trace is in the folder profile/plugins/profile/TIME of the output directory, where the
+    profile plugin of TensorBoard looks for it. Raises InputError if it cannot be written.
+    """
+    if args.profile_steps is None or not is_writer(args):
+        yield p_train_step
+        return
+    first, last = map(int, args.profile_steps.split(":"))
+    if not steps.start < first <= steps.stop:
+        logger.warning(
+            f"--profile_steps {args.profile_steps}: no trace, this run takes the steps "
+            f"{steps.start + 1} to {steps.stop}."
+        )
+    folder = Path(args.output_dir, "profile")
+    numbers = iter(range(steps.start + 1, steps.stop + 1))
+    is_tracing = False
+
+    def stop_tracing():
+        with input_errors(f"--profile_steps {args.profile_steps}: cannot write to {folder}"):
+            jax.profiler.stop_trace()
+        logger.info(f"--profile_steps: the trace is written. tensorboard --logdir={folder}")
+
+    def traced_step(*inputs):
+        nonlocal is_tracing
+        step = next(numbers)
+        if step == first:
+            # The steps before are not part of the trace.
+            jax.block_until_ready(inputs)
+            jax.profiler.start_trace(str(folder))
+            is_tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            outputs = p_train_step(*inputs)
+        if step == last and is_tracing:
+            jax.block_until_ready(outputs)
+            is_tracing = False
+            stop_tracing()
+        return outputs
+
+    try:
+        yield traced_step
+    finally:
+        # Training ends before the last step of the trace.
+        if is_tracing:
+            stop_tracing()
 
 
 def write_results(output_dir: str, results: dict[str, float], split: str) -> None:
@@ -1797,12 +2111,15 @@ def settings_to_match(args, config, batch_size: int) -> dict:
 
 def settings_to_log(args, train_set) -> dict:
     """The settings in which a resumed run may differ. It logs those that do."""
-    names = [field.name for field in fields(DataTrainingArguments)]
+    names = [argument.name for argument in fields(DataTrainingArguments)]
     names = [name for name in names if name not in ("overwrite_cache", "preprocessing_num_workers")]
     settings = {f"--{name}": getattr(args, name) for name in [*names, *LEARNING_FLAGS]}
+    for name in ("--train_file", "--validation_file"):
+        # A checkpoint of one file may be older than lists of files.
+        settings[name] = " ".join(settings[name] or []) or None
     settings["number of devices"] = jax.device_count()
     if hasattr(train_set, "input_ids"):
-        settings["checksum of the training text"] = zlib.crc32(train_set.input_ids)
+        settings["checksum of the training text"] = train_set.input_ids.checksum()
     return settings
 
 
@@ -1845,6 +2162,107 @@ def restore(checkpoints: list[Path], state, settings: dict, num_steps: int):
     raise InputError(
         f"{checkpoints[0].parent}: no readable checkpoint; choose another --output_dir"
     )
+
+
+class Evaluations:
+    """The evaluations during training, and the best of them with --load_best_model_at_end.
+
+    With this flag, each evaluation is followed by a checkpoint, and the last step by an evaluation.
+    A checkpoint stores `best`, so a resumed run decides as an undisturbed one does: `step` and
+    `eval_loss` of the best evaluation, the step of the latest one, `evaluated`, and the number of
+    evaluations since the best, `without_improvement`.
+    """
+
+    def __init__(self, args, eval_steps: int | None, last_step: int, evaluate_now, best: dict):
+        self.eval_steps = eval_steps if args.do_eval else None
+        self.last_step = last_step
+        self.evaluate_now = evaluate_now
+        self.keeps_best = args.load_best_model_at_end
+        self.patience = args.early_stopping_patience or math.inf
+        # `broadcast_one_to_all` has made arrays of the numbers.
+        self.best = {name: value.item() for name, value in best.items()}
+        # Whether training ends: patience is exhausted, or a signal has stopped an evaluation.
+        self.ends = self.best["without_improvement"] >= self.patience
+
+    def are_due(self, step: int) -> bool:
+        """Whether to evaluate after `step`. `main` evaluates what is exported at the end."""
+        if step == self.last_step:
+            return self.keeps_best
+        return bool(self.eval_steps) and step % self.eval_steps == 0
+
+    def run(self, params, step: int) -> bool:
+        """Evaluate, and find out whether this is the best evaluation. Returns `ends`."""
+        results = self.evaluate_now(params, step)
+        if not results:
+            self.ends = True
+        elif self.keeps_best:
+            # As float32 it is the same in all processes. One that is NaN is not below any other.
+            loss = float(np.float32(results["eval_loss"]))
+            if loss < self.best["eval_loss"]:
+                self.best = NO_BEST | {"step": step, "eval_loss": loss, "evaluated": step}
+            else:
+                count = self.best["without_improvement"] + 1
+                self.best = self.best | {"evaluated": step, "without_improvement": count}
+                self.ends = count >= self.patience
+                if self.ends:
+                    logger.info(f"--early_stopping_patience: training ends after step {step}.")
+        return self.ends
+
+    def resume(self, params, step: int, batches):
+        """Run the evaluation at the first step of a resumed run, if a signal has prevented it.
+
+        Returns `batches`, none if training has ended.
+        """
+        is_missing = self.keeps_best and step > 0 and self.best["evaluated"] != step
+        if is_missing and self.are_due(step):
+            self.run(params, step)
+        return iter(()) if self.ends else batches
+
+    def stored(self) -> dict:
+        """What a checkpoint stores."""
+        return {"best": self.best} if self.keeps_best else {}
+
+
+def best_before(args, found: dict) -> dict:
+    """The `best` of Evaluations in `found`, the settings of the checkpoint to resume from.
+
+    Its checkpoint is in this output directory: a run that resumes from another one begins to count.
+    """
+    best = found.get("best", NO_BEST)
+    output_dir = Path(args.output_dir).absolute()
+    source = Path(args.resume_from_checkpoint or output_dir).absolute()
+    checkpoint = output_dir / "checkpoints" / str(best["step"])
+    # Such a run deletes its own checkpoints and resumes from those of another one.
+    is_deleted = args.overwrite_output_dir and not source.is_relative_to(output_dir)
+    if best["step"] and (is_deleted or not checkpoint.is_dir()):
+        logger.warning(f"{checkpoint}, the best one, is missing: the best is chosen from now on.")
+        return NO_BEST
+    return best
+
+
+def load_best(state, step: int, evaluations: Evaluations, saver, stop):
+    """Export the weights of the best checkpoint, if it is kept and no signal has stopped the run.
+
+    `saver` is None in a process that does not write. Returns the state with these weights, and
+    their step. Raises InputError if the checkpoint cannot be read.
+    """
+    best = evaluations.best
+    if not evaluations.keeps_best or stop.agreed:
+        return state, step
+    if not best["step"]:
+        logger.warning("No evaluation had a finite loss, so the last weights are exported.")
+    if best["step"] in (0, step):
+        return state, step
+    params = fetch(state.params)
+    if saver:
+        checkpoint = saver.checkpoints / str(best["step"])
+        with input_errors(f"{checkpoint}: the best checkpoint cannot be read"):
+            read_run(checkpoint)
+            params = read_state(checkpoint, {"params": params})["params"]
+            saver.export(params)
+    logger.info(f"Exported step {best['step']}, the best, with eval_loss {best['eval_loss']:.5g}.")
+    params = jax.tree.map(multihost_utils.broadcast_one_to_all, params)
+    return state.replace(params=replicate(params)), best["step"]
 
 
 class Saver:
@@ -1893,7 +2311,9 @@ class Saver:
         self.pool.shutdown()
 
     def save(self, state, step: int, is_last: bool, **position) -> None:
-        """Save `state`, with the settings, and, in the streaming script, the `position`.
+        """Save `state` with the settings and with `position`.
+
+        This is the best evaluation, if it is kept, and, in the streaming script, the position.
 
         Returns when the state is copied from the device and the previous save is written.
         """
@@ -1912,8 +2332,10 @@ class Saver:
         """Write a checkpoint and the model, and start an upload."""
         if not (self.checkpoints / str(step)).exists():
             write_checkpoint(self.checkpoints, state, step, settings)
+            best_step = settings.get("best", NO_BEST)["step"]
             for checkpoint in list_checkpoints(self.output_dir)[self.save_total_limit :]:
-                delete_checkpoint(checkpoint)
+                if int(checkpoint.name) != best_step:
+                    delete_checkpoint(checkpoint)
         if self.uploading and not self.uploading.done() and not is_last:
             # No file may change during an upload. A later save exports the model.
             return
@@ -1992,7 +2414,7 @@ def connect_hub(args):
             repo_id=repo_id,
             folder_path=args.output_dir,
             commit_message=message,
-            ignore_patterns=["checkpoints/**", "*.tmp*", LOCK_FILE, *ignored],
+            ignore_patterns=["checkpoints/**", "profile/**", "*.tmp*", LOCK_FILE, *ignored],
         )
 
     return upload
@@ -2229,6 +2651,44 @@ def process_settings(args):
 
 
 @contextmanager
+def out_of_memory_errors(args):
+    """Turn the error of a device that has no memory left into an InputError.
+
+    XLA raises it when it compiles a program that does not fit, or when the program runs.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        per_device = args.per_device_train_batch_size
+        accumulation = args.gradient_accumulation_steps
+        num_devices = jax.device_count()
+        reason = str(error).partition("\n")[0][:300]
+        length_flag = "block_size" if hasattr(args, "block_size") else "max_seq_length"
+        cures = [f"a smaller --{length_flag}"]
+        if not args.adafactor:
+            cures.insert(0, "--adafactor")
+        if args.dtype == "float32":
+            cures.insert(0, "--dtype=bfloat16")
+        if not args.gradient_checkpointing:
+            cures.insert(0, "--gradient_checkpointing")
+        if per_device > 1:
+            cures.insert(
+                0,
+                f"--per_device_train_batch_size={per_device // 2} with "
+                f"--gradient_accumulation_steps={2 * accumulation}",
+            )
+        raise InputError(
+            f"a device has no memory left: {reason}; a device computes {per_device} sequences at a "
+            f"time in training, and {args.per_device_eval_batch_size} in evaluation; the global "
+            f"batch is {num_devices} devices x {accumulation} x {per_device} = "
+            f"{num_devices * accumulation * per_device}; what lowers memory, in the order to try: "
+            f"{', '.join(cures)}; in an evaluation: --per_device_eval_batch_size"
+        ) from error
+
+
+@contextmanager
 def exit_with_one_line(status: int, is_distributed: bool = False):
     """End the process with one line and `status` for an error that the user can fix."""
     try:
@@ -2260,6 +2720,7 @@ def main(argv: list[str] | None = None) -> None:
         exit_with_one_line(1, args.distributed),
         process_settings(args) as stop,
         OutputLock(args.output_dir) as lock,
+        out_of_memory_errors(args),
     ):
         # One process writes. Find out before anything else whether it can.
         writes = is_writer(args)
@@ -2284,19 +2745,14 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoints and args.do_train:
             state, first_step, found = restore(checkpoints, state, settings, num_steps)
         # Process 0 sends the state to the others, one array at a time to limit memory.
-        state, first_step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, first_step))
+        state, first_step, best = jax.tree.map(
+            multihost_utils.broadcast_one_to_all, (state, first_step, best_before(args, found))
+        )
         state = replicate(state)
         steps = range(int(first_step), num_steps)
         step = steps.start
 
-        # The steps are compiled when they are first called.
-        loss_fn = make_loss_fn(args, model, collator)
-        p_train_step = jax.pmap(
-            partial(train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed),
-            axis_name="batch",
-            donate_argnums=0,
-        )
-        p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+        p_train_step, p_eval_step = make_steps(args, model, collator, schedule)
         # The Saver makes the folder of checkpoints before TensorBoard writes its file. A run is not
         # started again in a folder that has files but no checkpoints.
         saver = None
@@ -2305,6 +2761,8 @@ def main(argv: list[str] | None = None) -> None:
             saver = Saver(args, model, tokenizer, stored, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch)
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
+        eval_steps = args.eval_steps or steps_per_epoch
+        evaluations = Evaluations(args, eval_steps, num_steps, evaluate_now, best)
 
         # Train.
         if args.do_train:
@@ -2321,12 +2779,13 @@ def main(argv: list[str] | None = None) -> None:
             shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
             batches = train_batches(train_set, collator, args.seed, steps, shape)
             # The end of this block, even by an error, waits for what is being written.
-            with saver or nullcontext(), log:
+            with saver or nullcontext(), log, profiled(p_train_step, args, steps) as p_step:
                 state, step = train(
-                    args, state, p_train_step, batches, steps, log, saver, stop, evaluate_now
+                    args, state, p_step, batches, steps, log, saver, stop, evaluations
                 )
                 if saver:
                     saver.wait(f"{args.output_dir}: saving failed, earlier checkpoints are intact")
+                state, step = load_best(state, step, evaluations, saver, stop)
             if saver and log.results:
                 write_results(args.output_dir, log.results, "train")
 

@@ -29,10 +29,12 @@ the disk.
 import fcntl
 import glob
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -40,10 +42,9 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -105,6 +106,9 @@ LOADERS = {
     ".parquet": "parquet",
 }
 
+# A second extension of a data file, if it is compressed. .zst needs the package zstandard.
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
 # Each use of the seed has random numbers of its own: the order of the data, the noise in training,
 # and that in evaluation.
 ORDER_STREAM = 0
@@ -143,6 +147,8 @@ LEARNING_FLAGS = (
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "load_best_model_at_end",
+    "early_stopping_patience",
 )
 
 # Seconds that a server of the Hub has to answer a request.
@@ -153,6 +159,17 @@ LOCK_FILE = ".lock"
 
 # The checksums of an exported model, for `sha256sum --check`.
 CHECKSUM_FILE = "SHA256SUMS"
+
+# What is known of the best evaluation before the first one: the loss is the largest float32.
+NO_BEST = {
+    "step": 0,
+    "eval_loss": float(np.finfo(np.float32).max),
+    "evaluated": 0,
+    "without_improvement": 0,
+}
+
+# Settings of a config that --config_overrides leaves alone: they say what the config is.
+FIXED_SETTINGS = ("model_type", "architectures", "transformers_version")
 
 # Files of a checkpoint, which is the folder checkpoints/STEP.
 STATE_FILE = "state.safetensors"
@@ -205,6 +222,11 @@ class ModelArguments:
     config_name: str | None = HfArg(
         default=None, help="Hub id or folder of a config. Default: that of --model_name_or_path."
     )
+    config_overrides: str | None = HfArg(
+        default=None,
+        help="Settings of the config to replace in a model that is trained from scratch, such as "
+        "n_layer=2,n_embd=128,n_head=2. A list is written as in JSON.",
+    )
     tokenizer_name: str | None = HfArg(
         default=None, help="Hub id or folder of a tokenizer. Default: that of --model_name_or_path."
     )
@@ -237,11 +259,21 @@ class DataTrainingArguments:
     dataset_config_name: str | None = HfArg(
         default=None, help="Configuration of the dataset, such as its language."
     )
-    train_file: str | None = HfArg(
-        default=None, help="File of training text: .txt, .json, .jsonl, .csv or .parquet."
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "Files of training text: .parquet, or .txt, .json, .jsonl and .csv, which may "
+            "be compressed (.gz, .bz2, .xz, .zst). They are read in this order. Those of a quoted "
+            "pattern, such as 'part-*.txt.gz', are sorted.",
+        },
     )
-    validation_file: str | None = HfArg(
-        default=None, help="File of evaluation text, in one of the same formats."
+    validation_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "Files of evaluation text, given in the same way.",
+        },
     )
     text_column_name: str = HfArg(
         default="text",
@@ -334,6 +366,21 @@ class TrainingArguments:
     eval_steps: int | None = HfArg(
         default=None, help="Steps between two evaluations. Default: only at the end."
     )
+    load_best_model_at_end: bool = HfArg(
+        default=False,
+        help="Save a checkpoint at each evaluation, too, and evaluate after the last step. Keep "
+        "the checkpoint with the lowest eval_loss, and export its weights at the end.",
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None,
+        help="With --load_best_model_at_end: stop training after this many evaluations without a "
+        "lower eval_loss.",
+    )
+    profile_steps: str | None = HfArg(
+        default=None,
+        help="First and last step, such as 10:13, of a trace for TensorBoard's profile plugin. It "
+        "is written to the folder profile in --output_dir.",
+    )
     seed: int = HfArg(default=42, help="Seed of initialization, data order, masks and dropout.")
     distributed: bool = HfArg(
         default=False,
@@ -364,6 +411,8 @@ def check_objective_args(args) -> None:
     check_range(
         args, "num_eval_samples", "at least 0, and with evaluation 1", lambda value: value >= least
     )
+    if args.load_best_model_at_end and not args.eval_steps:
+        raise InputError("--load_best_model_at_end needs --eval_steps: a stream has no epochs")
     families = sorted(modeling_flax_auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     if args.model_type not in (None, *families):
         raise InputError(f"--model_type {args.model_type}: not one of {', '.join(families)}")
@@ -690,10 +739,12 @@ def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
                 datasets.load_dataset(args.dataset_name, args.dataset_config_name, **load_options)
             )
         sources = dict.fromkeys(splits, source)
-    for split, file in (("train", args.train_file), ("validation", args.validation_file)):
-        if file:
-            sources[split] = f"--{split}_file {file}"
-            splits[split] = load_text_file(sources[split], file, text_options or {}, load_options)
+    for split, files in (("train", args.train_file), ("validation", args.validation_file)):
+        if files:
+            # The message of an error names the first of many files.
+            sources[split] = f"--{split}_file {' '.join(files[:3])}{' ...' * (len(files) > 3)}"
+            found = find_files(sources[split], files)
+            splits[split] = load_text_files(sources[split], found, text_options or {}, load_options)
 
     for split in ("train", "validation"):
         if split in splits:
@@ -716,28 +767,66 @@ def check_formats(source: str, folder: Path) -> None:
     loaders = set()
     for path in folder.rglob("*"):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix in LOADERS and not is_hidden and path.name != "dataset_infos.json":
-            loaders.add(LOADERS[path.suffix])
+        loader = LOADERS.get(data_extension(path))
+        if loader and not is_hidden and path.name != "dataset_infos.json":
+            loaders.add(loader)
     if len(loaders) > 1:
         raise InputError(
             f"{source}: it has files of several formats, {', '.join(sorted(loaders))}; keep one"
         )
 
 
-def load_text_file(source: str, file: str, text_options: dict, load_options: dict):
-    """Load a data file. `source` names it in the message of an InputError."""
-    extension = Path(file).suffix.lower()
-    if extension not in LOADERS:
-        raise InputError(f"{source}: its extension must be one of {', '.join(LOADERS)}")
-    if extension == ".txt":
-        load_options = load_options | text_options
-    if Path(file).is_file() and Path(file).stat().st_size == 0:
-        raise InputError(f"{source}: the file is empty")
-    with input_errors(f"{source}: cannot be read"):
+def data_extension(file: str | Path) -> str:
+    """Extension of a data file without that of its compression: .txt for corpus.txt.gz.
+
+    Parquet files have a compression of their own, so .parquet.gz counts as .gz, which is no format.
+    """
+    path = Path(file)
+    extension = path.suffix.lower()
+    inner = path.with_suffix("").suffix.lower()
+    return inner if extension in COMPRESSIONS and inner != ".parquet" else extension
+
+
+def find_files(source: str, patterns: list[str]) -> list[str]:
+    """Find the files that are not empty among those that `patterns` name.
+
+    The files of a pattern are sorted. `source` names the flag in the message of an InputError,
+    which is raised if a pattern finds no file or if all files are empty.
+    """
+    files = []
+    for pattern in patterns:
+        found = [pattern]
         # A file whose name has brackets is not a pattern.
-        pattern = glob.escape(file) if Path(file).exists() else file
+        if not Path(pattern).exists() and "://" not in pattern:
+            found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise InputError(f"{source}: there is no file {pattern}")
+        files += [file for file in found if file not in files]
+    empty = [file for file in files if Path(file).is_file() and Path(file).stat().st_size == 0]
+    if empty == files:
+        raise InputError(f"{source}: {'the file is' if len(files) == 1 else 'all files are'} empty")
+    if empty:
+        logger.warning(f"{source}: {len(empty)} empty files are left out, such as {empty[0]}.")
+    return [file for file in files if file not in empty]
+
+
+def load_text_files(source: str, files: list[str], text_options: dict, load_options: dict):
+    """Load data files of one format. `source` names the flag in the message of an InputError."""
+    for file in files:
+        if data_extension(file) not in LOADERS:
+            raise InputError(
+                f"{source}: the extension of {file} must be one of {', '.join(LOADERS)}; "
+                f"{', '.join(COMPRESSIONS)} may follow all of them but .parquet"
+            )
+    loaders = sorted({LOADERS[data_extension(file)] for file in files})
+    if len(loaders) > 1:
+        raise InputError(f"{source}: files of several formats, {', '.join(loaders)}; keep one")
+    if loaders == ["text"]:
+        load_options = load_options | text_options
+    with input_errors(f"{source}: cannot be read"):
+        data_files = [glob.escape(file) for file in files]
         return datasets.load_dataset(
-            LOADERS[extension], data_files=[pattern], split="train", **load_options
+            loaders[0], data_files=data_files, split="train", **load_options
         )
 
 
@@ -1050,7 +1139,7 @@ def load_config_and_tokenizer(args):
 
     Returns config, tokenizer and length. Raises InputError if they do not fit.
     """
-    config = load_config(args)
+    config = override_config(load_config(args), args.config_overrides)
     name = args.config_name or args.model_name_or_path or f"--model_type {args.model_type}"
     if type(config) not in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING:
         raise InputError(f"{name}: type {config.model_type} has no masked-language model in Flax")
@@ -1106,6 +1195,65 @@ def load_config(args):
     if args.model_type not in (None, config.model_type):
         raise InputError(f"--model_type {args.model_type}: {name} is of type {config.model_type}")
     return config
+
+
+def override_config(config, overrides: str | None):
+    """Replace settings of a config by those of --config_overrides. Raises InputError.
+
+    The result is constructed again, because a constructor may derive one setting from another: the
+    decoder of T5 gets as many layers as its encoder, unless num_decoder_layers says otherwise.
+    """
+    if overrides is None:
+        return config
+    changes = {}
+    # A comma within a value is not followed by a name and an equals sign.
+    for item in re.split(r",(?=\s*\w+\s*=)", overrides):
+        name, has_value, text = (part.strip() for part in item.partition("="))
+        # Some settings have a second name, which all model types share.
+        name = config.attribute_map.get(name, name)
+        if not has_value or name not in config.to_dict() or name in FIXED_SETTINGS:
+            known = ", ".join(inspect.signature(type(config)).parameters).removesuffix(", kwargs")
+            raise InputError(
+                f"--config_overrides {item}: not name=value with a name of a {config.model_type} "
+                f"config: {known}"
+            )
+        changes[name] = parse_setting(item, text, getattr(config, name))
+
+    # What equals the default may have been derived.
+    defaults = type(config)().to_dict().items()
+    settings = dict(item for item in config.to_dict().items() if item not in defaults)
+    # The version that has written the config. `to_dict` has that of this process.
+    settings["transformers_version"] = config.transformers_version
+    settings |= changes
+    with input_errors(f"--config_overrides {overrides}: no valid {config.model_type} config"):
+        overridden = type(config).from_dict(settings)
+    shown = [f"{name} is {value}, not {getattr(config, name)}" for name, value in changes.items()]
+    logger.info(f"--config_overrides: {'; '.join(shown)}.")
+    return overridden
+
+
+def parse_setting(item: str, text: str, current):
+    """Convert the value of a setting, `text`, to the type of its `current` value.
+
+    A setting that is None takes any value. `item`, name=value, is for the InputError.
+    """
+    if isinstance(current, str):
+        return text
+    try:
+        # They may be spelled as in Python.
+        constants = {"True": "true", "False": "false", "None": "null"}
+        value = json.loads(constants.get(text, text))
+    except ValueError:
+        value = text
+    if isinstance(current, float) and type(value) is int:
+        value = float(value)
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if not is_finite or (current is not None and type(value) is not type(current)):
+        raise InputError(
+            f"--config_overrides {item}: it must be of type {type(current).__name__}, such as "
+            f"{json.dumps(current)}"
+        )
+    return value
 
 
 def load_tokenizer(args):
@@ -1330,6 +1478,21 @@ def eval_step(params, batch, loss_fn):
     return jax.lax.psum(sums, "batch")
 
 
+def make_steps(args, model, collator, schedule):
+    """Map `train_step` and `eval_step` to all devices.
+
+    They are compiled when they are first called.
+    """
+    loss_fn = make_loss_fn(args, model, collator)
+    p_train_step = jax.pmap(
+        partial(train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed),
+        axis_name="batch",
+        donate_argnums=0,
+    )
+    p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+    return p_train_step, p_eval_step
+
+
 def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int) -> dict:
     """Evaluate `params`, and log and return the results.
 
@@ -1374,24 +1537,20 @@ def add_host_values(totals: dict[str, float], sums) -> None:
 
 
 def train(
-    args, state, p_train_step, batches, steps: range, log, saver, stop, evaluate_now, progress
+    args, state, p_train_step, batches, steps: range, log, saver, stop, evaluations, progress
 ):
     """Run the training loop.
 
     Args:
-        args: The settings.
-        state: The TrainState on the devices. Its buffers are donated.
-        p_train_step: `train_step` under pmap.
-        batches: The batches of `steps`.
-        steps: The steps to take, counted from 0.
-        log: The TrainingLog.
+        state: The TrainState on the devices. Its buffers are donated to `p_train_step`.
+        batches: The batches of `steps`, which are counted from 0.
         saver: The Saver, or None in a process that does not write.
-        stop: The StopSignals.
-        evaluate_now: Function of parameters and step.
+        evaluations: The Evaluations.
         progress: The StreamProgress of `batches`.
 
     Returns the last state, and the number of steps that it has taken.
     """
+    batches = evaluations.resume(state.params, steps.start, batches)
     is_last = False
     totals = zeros = zero_totals()
     step = steps.start
@@ -1403,25 +1562,29 @@ def train(
         jax.block_until_ready(previous_totals)
         log.flush()
         log.training_bar.update()
-
         position = progress.position_after.pop(step)
         # All processes must call `check`.
         is_stopping = stop.check(step) != 0
         is_last = is_stopping or step == steps.stop
-        is_save = step % args.save_steps == 0 or is_last
+        is_evaluation = evaluations.are_due(step) and not is_stopping
+        is_trial = is_evaluation and evaluations.keeps_best
+        is_save = step % args.save_steps == 0 or is_last or is_trial
         if step % args.logging_steps == 0 or is_save:
             log.due = (step, totals)
             totals = zeros
         if is_save:
             # Raises InputError if the loss is not finite, so that such a state is never saved.
             log.flush()
+            if is_trial:
+                # The checkpoint stores the result.
+                is_last = evaluations.run(state.params, step) or is_last
             positions = share_json(position)
             if saver:
-                saver.save(state, step, is_last, stream=positions)
-        if is_stopping:
+                saver.save(state, step, is_last, stream=positions, **evaluations.stored())
+        if is_last:
             break
-        if args.do_eval and args.eval_steps and step % args.eval_steps == 0 and not is_last:
-            evaluate_now(state.params, step)
+        if is_evaluation and not is_trial:
+            evaluations.run(state.params, step)
 
     if progress.error and jax.process_count() > 1:
         # The other processes end with this one.
@@ -1431,7 +1594,7 @@ def train(
         log.flush()
         positions = share_json(position)
         if saver:
-            saver.save(state, step, is_last=True, stream=positions)
+            saver.save(state, step, is_last=True, stream=positions, **evaluations.stored())
     return state, step
 
 
@@ -1451,10 +1614,10 @@ def parse_args(argv: list[str]):
             settings = json.loads(Path(argv[0]).read_text("utf-8")).items()
         argv = []
         for name, value in settings:
-            if value is True:
-                argv.append(f"--{name}")
-            elif value is not None:
-                argv.append(f"--{name}={value}")
+            for item in value if isinstance(value, list) else [value]:
+                if item is not None:
+                    # True is a switch without a value.
+                    argv.append(f"--{name}" if item is True else f"--{name}={item}")
     parser = HfArgumentParser(
         (ModelArguments, DataTrainingArguments, TrainingArguments),
         allow_abbrev=False,
@@ -1514,7 +1677,7 @@ def check_args(args) -> None:
         args,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         "logging_steps eval_steps save_steps save_total_limit max_train_samples max_eval_samples "
-        "preprocessing_num_workers",
+        "preprocessing_num_workers early_stopping_patience",
         "at least 1",
         lambda value: value >= 1,
     )
@@ -1546,6 +1709,30 @@ def check_args(args) -> None:
     check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
+    check_range(
+        args, "profile_steps", "FIRST:LAST, two numbers of steps, such as 10:13", is_range_of_steps
+    )
+    check_sources(args)
+    if args.load_best_model_at_end and not (args.do_train and args.do_eval):
+        raise InputError("--load_best_model_at_end needs --do_train and --do_eval, or neither")
+    if args.early_stopping_patience and not args.load_best_model_at_end:
+        raise InputError("--early_stopping_patience needs --load_best_model_at_end")
+
+
+def is_range_of_steps(value: str) -> bool:
+    """Whether a value of --profile_steps names a first step and a last one."""
+    match = re.fullmatch(r"(\d+):(\d+)", value)
+    return match is not None and 1 <= int(match[1]) <= int(match[2])
+
+
+def check_sources(args) -> None:
+    """Check the flags that name the model, the tokenizer and the data. Raises InputError."""
+    if args.config_overrides is not None and args.model_name_or_path not in (None, args.output_dir):
+        # A finished run that is evaluated has the same settings already.
+        raise InputError(
+            f"--config_overrides {args.config_overrides}: the weights of --model_name_or_path "
+            "need their own config; leave one of the two out"
+        )
     has_new_model = args.do_train and (args.config_name or args.model_type)
     if not args.model_name_or_path and not has_new_model:
         raise InputError(
@@ -1558,7 +1745,7 @@ def check_args(args) -> None:
     if not file and not args.dataset_name:
         raise InputError("no data: give --dataset_name or --train_file")
     if file and args.dataset_name:
-        raise InputError(f"two data sources: --dataset_name {args.dataset_name} and {file}")
+        raise InputError(f"two data sources: --dataset_name {args.dataset_name} and {file[0]}")
     if args.do_train and args.validation_file and not args.train_file:
         raise InputError("--validation_file needs --train_file, or --do_eval alone")
 
@@ -1627,6 +1814,8 @@ class TrainingLog:
             "train_tokens_per_second": sums["tokens"] / (now - self.last),
         }
         self.last = now
+        if sums.get("z_loss"):
+            self.results["train_z_loss"] = sums["z_loss"] / max(sums["predicted"], 1)
         shown = [f"epoch {step / self.steps_per_epoch:.2f}"] if self.steps_per_epoch else []
         shown.append(f"loss {self.results['train_loss']:.3f}")
         shown.append(f"{self.results['train_tokens_per_second']:,.0f} tokens/s")
@@ -1642,6 +1831,55 @@ class TrainingLog:
                 self.writer.flush()
         shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
         logger.info(f"Step {step}: {shown}")
+
+
+@contextmanager
+def profiled(p_train_step, args, steps: range):
+    """Yield `p_train_step`, which with --profile_steps writes a trace of these steps.
+
+    The trace is in the folder profile/plugins/profile/TIME of the output directory, where the
+    profile plugin of TensorBoard looks for it. Raises InputError if it cannot be written.
+    """
+    if args.profile_steps is None or not is_writer(args):
+        yield p_train_step
+        return
+    first, last = map(int, args.profile_steps.split(":"))
+    if not steps.start < first <= steps.stop:
+        logger.warning(
+            f"--profile_steps {args.profile_steps}: no trace, this run takes the steps "
+            f"{steps.start + 1} to {steps.stop}."
+        )
+    folder = Path(args.output_dir, "profile")
+    numbers = iter(range(steps.start + 1, steps.stop + 1))
+    is_tracing = False
+
+    def stop_tracing():
+        with input_errors(f"--profile_steps {args.profile_steps}: cannot write to {folder}"):
+            jax.profiler.stop_trace()
+        logger.info(f"--profile_steps: the trace is written. tensorboard --logdir={folder}")
+
+    def traced_step(*inputs):
+        nonlocal is_tracing
+        step = next(numbers)
+        if step == first:
+            # The steps before are not part of the trace.
+            jax.block_until_ready(inputs)
+            jax.profiler.start_trace(str(folder))
+            is_tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            outputs = p_train_step(*inputs)
+        if step == last and is_tracing:
+            jax.block_until_ready(outputs)
+            is_tracing = False
+            stop_tracing()
+        return outputs
+
+    try:
+        yield traced_step
+    finally:
+        # Training ends before the last step of the trace.
+        if is_tracing:
+            stop_tracing()
 
 
 def write_results(output_dir: str, results: dict[str, float], split: str) -> None:
@@ -1873,12 +2111,15 @@ def stream_settings(args, max_length: int, held_out) -> dict:
 
 def settings_to_log(args, train_set) -> dict:
     """The settings in which a resumed run may differ. It logs those that do."""
-    names = [field.name for field in fields(DataTrainingArguments)]
+    names = [argument.name for argument in fields(DataTrainingArguments)]
     names = [name for name in names if name not in ("overwrite_cache", "preprocessing_num_workers")]
     settings = {f"--{name}": getattr(args, name) for name in [*names, *LEARNING_FLAGS]}
+    for name in ("--train_file", "--validation_file"):
+        # A checkpoint of one file may be older than lists of files.
+        settings[name] = " ".join(settings[name] or []) or None
     settings["number of devices"] = jax.device_count()
     if hasattr(train_set, "input_ids"):
-        settings["checksum of the training text"] = zlib.crc32(train_set.input_ids)
+        settings["checksum of the training text"] = train_set.input_ids.checksum()
     return settings
 
 
@@ -1932,6 +2173,107 @@ def share_json(value) -> list:
     return [json.loads(bytes(text)) for text in texts]
 
 
+class Evaluations:
+    """The evaluations during training, and the best of them with --load_best_model_at_end.
+
+    With this flag, each evaluation is followed by a checkpoint, and the last step by an evaluation.
+    A checkpoint stores `best`, so a resumed run decides as an undisturbed one does: `step` and
+    `eval_loss` of the best evaluation, the step of the latest one, `evaluated`, and the number of
+    evaluations since the best, `without_improvement`.
+    """
+
+    def __init__(self, args, eval_steps: int | None, last_step: int, evaluate_now, best: dict):
+        self.eval_steps = eval_steps if args.do_eval else None
+        self.last_step = last_step
+        self.evaluate_now = evaluate_now
+        self.keeps_best = args.load_best_model_at_end
+        self.patience = args.early_stopping_patience or math.inf
+        # `broadcast_one_to_all` has made arrays of the numbers.
+        self.best = {name: value.item() for name, value in best.items()}
+        # Whether training ends: patience is exhausted, or a signal has stopped an evaluation.
+        self.ends = self.best["without_improvement"] >= self.patience
+
+    def are_due(self, step: int) -> bool:
+        """Whether to evaluate after `step`. `main` evaluates what is exported at the end."""
+        if step == self.last_step:
+            return self.keeps_best
+        return bool(self.eval_steps) and step % self.eval_steps == 0
+
+    def run(self, params, step: int) -> bool:
+        """Evaluate, and find out whether this is the best evaluation. Returns `ends`."""
+        results = self.evaluate_now(params, step)
+        if not results:
+            self.ends = True
+        elif self.keeps_best:
+            # As float32 it is the same in all processes. One that is NaN is not below any other.
+            loss = float(np.float32(results["eval_loss"]))
+            if loss < self.best["eval_loss"]:
+                self.best = NO_BEST | {"step": step, "eval_loss": loss, "evaluated": step}
+            else:
+                count = self.best["without_improvement"] + 1
+                self.best = self.best | {"evaluated": step, "without_improvement": count}
+                self.ends = count >= self.patience
+                if self.ends:
+                    logger.info(f"--early_stopping_patience: training ends after step {step}.")
+        return self.ends
+
+    def resume(self, params, step: int, batches):
+        """Run the evaluation at the first step of a resumed run, if a signal has prevented it.
+
+        Returns `batches`, none if training has ended.
+        """
+        is_missing = self.keeps_best and step > 0 and self.best["evaluated"] != step
+        if is_missing and self.are_due(step):
+            self.run(params, step)
+        return iter(()) if self.ends else batches
+
+    def stored(self) -> dict:
+        """What a checkpoint stores."""
+        return {"best": self.best} if self.keeps_best else {}
+
+
+def best_before(args, found: dict) -> dict:
+    """The `best` of Evaluations in `found`, the settings of the checkpoint to resume from.
+
+    Its checkpoint is in this output directory: a run that resumes from another one begins to count.
+    """
+    best = found.get("best", NO_BEST)
+    output_dir = Path(args.output_dir).absolute()
+    source = Path(args.resume_from_checkpoint or output_dir).absolute()
+    checkpoint = output_dir / "checkpoints" / str(best["step"])
+    # Such a run deletes its own checkpoints and resumes from those of another one.
+    is_deleted = args.overwrite_output_dir and not source.is_relative_to(output_dir)
+    if best["step"] and (is_deleted or not checkpoint.is_dir()):
+        logger.warning(f"{checkpoint}, the best one, is missing: the best is chosen from now on.")
+        return NO_BEST
+    return best
+
+
+def load_best(state, step: int, evaluations: Evaluations, saver, stop):
+    """Export the weights of the best checkpoint, if it is kept and no signal has stopped the run.
+
+    `saver` is None in a process that does not write. Returns the state with these weights, and
+    their step. Raises InputError if the checkpoint cannot be read.
+    """
+    best = evaluations.best
+    if not evaluations.keeps_best or stop.agreed:
+        return state, step
+    if not best["step"]:
+        logger.warning("No evaluation had a finite loss, so the last weights are exported.")
+    if best["step"] in (0, step):
+        return state, step
+    params = fetch(state.params)
+    if saver:
+        checkpoint = saver.checkpoints / str(best["step"])
+        with input_errors(f"{checkpoint}: the best checkpoint cannot be read"):
+            read_run(checkpoint)
+            params = read_state(checkpoint, {"params": params})["params"]
+            saver.export(params)
+    logger.info(f"Exported step {best['step']}, the best, with eval_loss {best['eval_loss']:.5g}.")
+    params = jax.tree.map(multihost_utils.broadcast_one_to_all, params)
+    return state.replace(params=replicate(params)), best["step"]
+
+
 class Saver:
     """Writes a run's checkpoints and model, and uploads them, in background threads.
 
@@ -1978,7 +2320,9 @@ class Saver:
         self.pool.shutdown()
 
     def save(self, state, step: int, is_last: bool, **position) -> None:
-        """Save `state`, with the settings, and, in the streaming script, the `position`.
+        """Save `state` with the settings and with `position`.
+
+        This is the best evaluation, if it is kept, and, in the streaming script, the position.
 
         Returns when the state is copied from the device and the previous save is written.
         """
@@ -1997,8 +2341,10 @@ class Saver:
         """Write a checkpoint and the model, and start an upload."""
         if not (self.checkpoints / str(step)).exists():
             write_checkpoint(self.checkpoints, state, step, settings)
+            best_step = settings.get("best", NO_BEST)["step"]
             for checkpoint in list_checkpoints(self.output_dir)[self.save_total_limit :]:
-                delete_checkpoint(checkpoint)
+                if int(checkpoint.name) != best_step:
+                    delete_checkpoint(checkpoint)
         if self.uploading and not self.uploading.done() and not is_last:
             # No file may change during an upload. A later save exports the model.
             return
@@ -2077,7 +2423,7 @@ def connect_hub(args):
             repo_id=repo_id,
             folder_path=args.output_dir,
             commit_message=message,
-            ignore_patterns=["checkpoints/**", "*.tmp*", LOCK_FILE, *ignored],
+            ignore_patterns=["checkpoints/**", "profile/**", "*.tmp*", LOCK_FILE, *ignored],
         )
 
     return upload
@@ -2314,6 +2660,44 @@ def process_settings(args):
 
 
 @contextmanager
+def out_of_memory_errors(args):
+    """Turn the error of a device that has no memory left into an InputError.
+
+    XLA raises it when it compiles a program that does not fit, or when the program runs.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        per_device = args.per_device_train_batch_size
+        accumulation = args.gradient_accumulation_steps
+        num_devices = jax.device_count()
+        reason = str(error).partition("\n")[0][:300]
+        length_flag = "block_size" if hasattr(args, "block_size") else "max_seq_length"
+        cures = [f"a smaller --{length_flag}"]
+        if not args.adafactor:
+            cures.insert(0, "--adafactor")
+        if args.dtype == "float32":
+            cures.insert(0, "--dtype=bfloat16")
+        if not args.gradient_checkpointing:
+            cures.insert(0, "--gradient_checkpointing")
+        if per_device > 1:
+            cures.insert(
+                0,
+                f"--per_device_train_batch_size={per_device // 2} with "
+                f"--gradient_accumulation_steps={2 * accumulation}",
+            )
+        raise InputError(
+            f"a device has no memory left: {reason}; a device computes {per_device} sequences at a "
+            f"time in training, and {args.per_device_eval_batch_size} in evaluation; the global "
+            f"batch is {num_devices} devices x {accumulation} x {per_device} = "
+            f"{num_devices * accumulation * per_device}; what lowers memory, in the order to try: "
+            f"{', '.join(cures)}; in an evaluation: --per_device_eval_batch_size"
+        ) from error
+
+
+@contextmanager
 def exit_with_one_line(status: int, is_distributed: bool = False):
     """End the process with one line and `status` for an error that the user can fix."""
     try:
@@ -2345,6 +2729,7 @@ def main(argv: list[str] | None = None) -> None:
         exit_with_one_line(1, args.distributed),
         process_settings(args) as stop,
         OutputLock(args.output_dir) as lock,
+        out_of_memory_errors(args),
     ):
         # One process writes. Find out before anything else whether it can.
         writes = is_writer(args)
@@ -2371,20 +2756,15 @@ def main(argv: list[str] | None = None) -> None:
             state, first_step, found = restore(checkpoints, state, settings, num_steps)
             positions = found["stream"]
         # Process 0 sends the state to the others, one array at a time to limit memory.
-        state, first_step = jax.tree.map(multihost_utils.broadcast_one_to_all, (state, first_step))
+        state, first_step, best = jax.tree.map(
+            multihost_utils.broadcast_one_to_all, (state, first_step, best_before(args, found))
+        )
         state = replicate(state)
         position = share_json(positions)[0][jax.process_index()]
         steps = range(int(first_step), num_steps)
         step = steps.start
 
-        # The steps are compiled when they are first called.
-        loss_fn = make_loss_fn(args, model, collator)
-        p_train_step = jax.pmap(
-            partial(train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed),
-            axis_name="batch",
-            donate_argnums=0,
-        )
-        p_eval_step = jax.pmap(partial(eval_step, loss_fn=loss_fn), axis_name="batch")
+        p_train_step, p_eval_step = make_steps(args, model, collator, schedule)
         if args.do_train:
             blocks = training_blocks(args, train_stream, position, batch_size, held_out)
         # The Saver makes the folder of checkpoints before TensorBoard writes its file. A run is not
@@ -2395,6 +2775,8 @@ def main(argv: list[str] | None = None) -> None:
             saver = Saver(args, model, tokenizer, stored, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch=None)
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
+        eval_steps = args.eval_steps
+        evaluations = Evaluations(args, eval_steps, num_steps, evaluate_now, best)
 
         # Train.
         if args.do_train:
@@ -2414,22 +2796,23 @@ def main(argv: list[str] | None = None) -> None:
             window = 2 + args.shuffle_buffer_size // batch_size
             batches = prefetch(batches, window, transform=lambda batch: batch)
             # The end of this block, even by an error, waits for what is being written.
-            with saver or nullcontext(), log:
+            with saver or nullcontext(), log, profiled(p_train_step, args, steps) as p_step:
                 state, step = train(
                     args,
                     state,
-                    p_train_step,
+                    p_step,
                     batches,
                     steps,
                     log,
                     saver,
                     stop,
-                    evaluate_now,
+                    evaluations,
                     progress,
                 )
                 if saver:
                     saver.wait(f"{args.output_dir}: saving failed, earlier checkpoints are intact")
                 progress.raise_error(step)
+                state, step = load_best(state, step, evaluations, saver, stop)
             if saver and log.results:
                 write_results(args.output_dir, log.results, "train")
 

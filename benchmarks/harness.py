@@ -4,6 +4,7 @@ The other benchmarks call `run`. It starts `python benchmarks/harness.py SETTING
 as a child process and returns what the child noted. Times are in seconds:
 
     imports, data, initialization, compilation   these parts, until the first step
+    save                                         writing checkpoints and models, in all
     to_first_step                                from the command until the first step is compiled
                                                  and dispatched
     first_step                                   from then until the first step is done
@@ -350,6 +351,7 @@ class Notes:
         start     time at which the command was started
         segment   number of steps in a segment for `loop` and `bare`; none are timed without it
         product   data type and size of the matrices for `product_flops`
+        flops     whether to count the operations of a step, which takes a trace; true by default
     """
 
     def __init__(self, script, settings: dict):
@@ -367,22 +369,24 @@ class Notes:
             "imports": time.time() - settings["start"],
             "data": 0.0,
             "initialization": 0.0,
+            "save": 0.0,
         }
         for part, names in (("data", DATA), ("initialization", INITIALIZATION)):
             for name in names:
                 if hasattr(script, name):
                     setattr(script, name, self.timed(part, getattr(script, name)))
+        script.Saver.write = self.timed("save", script.Saver.write)
         self.patch_pmap()
 
     def timed(self, part: str, function):
-        """Wrap a function so that its time before the first step counts for a part."""
+        """Wrap a function so that its time before the first step, or that of saves, is noted."""
 
         def timed_function(*args, **kwargs):
             begin = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                if self.num_steps == 0:
+                if self.num_steps == 0 or part == "save":
                     self.found[part] += time.perf_counter() - begin
 
         return timed_function
@@ -457,8 +461,9 @@ class Notes:
         found["run"] = time.time() - self.settings["start"]
         batch = self.last[-1]
         found["tokens"] = batch["attention_mask"].size * jax.process_count()
-        traced = jax.make_jaxpr(self.undonated_train_step)(*self.last)
-        found["flops"] = count_flops(traced.jaxpr) * jax.device_count()
+        if self.settings.get("flops", True):
+            traced = jax.make_jaxpr(self.undonated_train_step)(*self.last)
+            found["flops"] = count_flops(traced.jaxpr) * jax.device_count()
         if len(self.dispatched) > WARM_UP:
             # The host stays one step ahead of the devices.
             seconds = self.dispatched[-1] - self.dispatched[WARM_UP - 1]

@@ -179,12 +179,12 @@ def measure(args, directory: Path, objective: str) -> dict[str, float]:
     dataset, tokenizer = captured["tokenize"][:2]
     sequences, collator, seed, _, shape = captured["train_batches"]
     num_tokens = len(sequences.input_ids)
-    num_steps = max(1, min(MAX_STEPS, len(sequences.ends) // args.rows))
+    num_steps = max(1, min(MAX_STEPS, len(sequences) // args.rows))
 
     # T5's sequences in the data are longer than its inputs, so the length is not args.length.
-    ends = sequences.ends[:NUM_ROWS].tolist()
-    length = ends[1] - ends[0]
-    rows = [sequences.input_ids[end - length : end].tolist() for end in ends]
+    length = sequences.max_length
+    starts = np.arange(min(NUM_ROWS, len(sequences))) * length
+    rows = sequences.input_ids.read(starts, length).tolist()
 
     def make_batches(repetition: int):
         steps = range(repetition * num_steps, (repetition + 1) * num_steps)

@@ -152,8 +152,8 @@ def make_batches(vocab_size: int, collator, seed: int) -> list:
     num_tokens = NUM_BATCHES * ROWS * LENGTH
     tokens = np.random.default_rng(0).integers(5, vocab_size, num_tokens, dtype=np.int32)
     continues_word = np.zeros(num_tokens, np.int8)
-    ends = np.arange(LENGTH, num_tokens + 1, LENGTH)
-    sequences = script.Sequences(tokens, continues_word, ends - LENGTH, ends, LENGTH, LENGTH)
+    columns = (script.Tokens([tokens]), script.Tokens([continues_word]))
+    sequences = script.Sequences(*columns, num_tokens // LENGTH, LENGTH, LENGTH)
     batches = script.train_batches(sequences, collator, seed, range(NUM_BATCHES), (1, ROWS))
     return [script.shard(batch) for batch in batches]
 

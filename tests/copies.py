@@ -19,6 +19,11 @@ ANY = 10**6
 # Name of a definition, and the number of lines that may differ from the template.
 DIFFER_BY_OBJECTIVE = {
     "MODEL_CLASS": 2,
+    # The z-loss is for models that predict every token of a text.
+    "TRAINING_SUMS": 2,
+    "LEARNING_FLAGS": 1,
+    "TrainingArguments": 6,
+    "make_steps": 3,
     "ModelArguments": 4,
     "DataTrainingArguments": ANY,
     "check_objective_args": ANY,
@@ -26,7 +31,7 @@ DIFFER_BY_OBJECTIVE = {
     "make_loss_fn": 2,
     "load_texts": ANY,
     "encode": ANY,
-    "Sequences": 12,
+    "Sequences": 18,
     "tokenize": 43,
     "make_collator": 16,
     "make_batch": 33,

@@ -85,6 +85,9 @@ def write_bad_data(folder: Path):
         "short.txt": b"w1 w2 w3\n" * 4,
         "two_lines.txt": b"w1 w2 w3\nw4 w5 w6\n",
         "text.doc": b"w1 w2 w3\n" * 100,
+        "text.doc.gz": b"w1 w2 w3\n" * 100,
+        "lists.parquet.gz": b"any",
+        "broken.txt.gz": b"\x1f\x8b\x08 and then something else",
         "empty.json": b"",
         "broken.json": b'{"text": "w1 w2"}\n{"text": "w1',
         "broken.jsonl": b'{"text": "w1 w2"}\nno json at all\n',
@@ -161,6 +164,22 @@ COMMAND_LINES = {
     "eval of a config": ({"do_eval": True}, ["--model_name_or_path"]),
     "unknown model_type": ({"model_type": "nonsense"}, ["--model_type", "nonsense"]),
     "model_type without this objective": ({"model_type": "vit"}, ["--model_type", "vit"]),
+    "overrides of a pretrained model": (
+        {"model_name_or_path": "start", "config_name": None, "config_overrides": "n_layer=1"},
+        ["--config_overrides", "n_layer=1", "--model_name_or_path"],
+    ),
+    "the best model without evaluation": (
+        {"load_best_model_at_end": True, "eval_steps": 1, "do_train": True},
+        ["--load_best_model_at_end", "--do_eval"],
+    ),
+    "the best model of a stream": (
+        {"load_best_model_at_end": True, "shuffle_buffer_size": 9},
+        ["--load_best_model_at_end", "--eval_steps"],
+    ),
+    "patience without the best model": (
+        {"early_stopping_patience": 1},
+        ["--early_stopping_patience", "--load_best_model_at_end"],
+    ),
     "dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
     "lr_scheduler_type": ({"lr_scheduler_type": "zigzag"}, ["--lr_scheduler_type", "zigzag"]),
     "switch": ({"do_train": "perhaps"}, ["--do_train", "perhaps"]),
@@ -201,6 +220,11 @@ COMMAND_LINES = {
         ["--pad_to_max_length", "--line_by_line"],
     ),
 }
+# Cases of --profile_steps.
+COMMAND_LINES |= {
+    f"profile_steps {value}": ({"profile_steps": value}, ["--profile_steps", value, "10:13"])
+    for value in ("10", "0:3", "5:4", "-1:3", "1:2:3", "a:b", "1.5:3", ":", "")
+}
 # Values that are wrong for any size, and for any real number.
 SIZES = ["0", "-1", "1.5", "many", "nan", ""]
 REALS = ["-1", "nan", "inf", "-inf", "many"]
@@ -217,6 +241,7 @@ NUMBERS = {
     "max_seq_length": SIZES,
     "save_total_limit": SIZES,
     "preprocessing_num_workers": SIZES,
+    "early_stopping_patience": SIZES,
     # A block of one token has none to predict.
     "block_size": ["1", *SIZES],
     "num_train_steps": SIZES,
@@ -225,6 +250,7 @@ NUMBERS = {
     "learning_rate": REALS,
     "weight_decay": REALS,
     "max_grad_norm": REALS,
+    "z_loss": REALS,
     "num_train_epochs": ["0", *REALS],
     "adam_epsilon": ["0", *REALS],
     "adam_beta1": ["1", "1.5", *REALS],
@@ -363,6 +389,19 @@ ENVIRONMENT = {
     "empty json": ({"train_file": "empty.json"}, ["--train_file", "empty.json"]),
     "blank file": ({"train_file": "blank.txt"}, ["blank"]),
     "blank validation file": ({"validation_file": "blank.txt"}, ["blank"]),
+    "one of several files is missing": (
+        {"train_file": "train.txt", "validation_file": "missing-*.txt"},
+        ["--validation_file", "missing-*.txt"],
+    ),
+    "files of several formats": ({"train_file": "[bc]*.[cj]s*"}, ["--train_file", "csv", "json"]),
+    "a file of no known format among others": (
+        {"train_file": "t*.???"},
+        ["--train_file", "text.doc", ".jsonl", ".xz"],
+    ),
+    "an unknown extension before that of gzip": ({"train_file": "text.doc.gz"}, ["text.doc.gz"]),
+    "parquet in gzip": ({"train_file": "lists.parquet.gz"}, ["lists.parquet.gz", ".gz"]),
+    "only empty files": ({"train_file": "empty.*"}, ["--train_file", "empty"]),
+    "broken gzip": ({"train_file": "broken.txt.gz"}, ["--train_file", "broken.txt.gz"]),
     "undecodable": ({"train_file": "latin1.txt"}, ["--train_file", "latin1.txt", "utf-8"]),
     "broken json": ({"train_file": "broken.json"}, ["--train_file", "broken.json"]),
     "broken jsonl": ({"train_file": "broken.jsonl"}, ["--train_file", "broken.jsonl"]),
@@ -407,6 +446,10 @@ ENVIRONMENT = {
     "too long": ({"max_seq_length": LENGTH + 1}, ["--max_seq_length", LENGTH + 1, f" {LENGTH} "]),
     "no such config": ({"config_name": "missing"}, ["missing"]),
     "a broken config": ({"config_name": "broken_config"}, ["broken_config"]),
+    "overrides of no setting": (
+        {"config_overrides": "n_layers=1"},
+        ["--config_overrides", "n_layers=1", "vocab_size"],
+    ),
     "no such tokenizer": ({"tokenizer_name": "missing"}, ["missing"]),
     "a folder without tokenizer": ({"tokenizer_name": "no_files"}, ["no_files"]),
     "no such model": ({"model_name_or_path": "missing", "config_name": None}, ["missing"]),
@@ -464,6 +507,12 @@ IN_COMMON = {
     "empty file",
     "empty json",
     "unknown extension",
+    "one of several files is missing",
+    "files of several formats",
+    "a file of no known format among others",
+    "an unknown extension before that of gzip",
+    "parquet in gzip",
+    "only empty files",
     "no split",
     "no such dataset",
     "a folder without data",
@@ -475,6 +524,7 @@ IN_COMMON = {
     "a column of numbers",
     "blank validation file",
     "no such config",
+    "overrides of no setting",
     "a folder without tokenizer",
 }
 

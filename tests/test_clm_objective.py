@@ -213,7 +213,8 @@ def check_loss_and_gradients(model, params, parts=("none",)):
     largest = max(float(jnp.abs(x).max()) for x in expected_grads.values())
     assert largest > 0.01
     for (loss, sums), grads in results:
-        assert set(sums) == {"loss", "predicted"}
+        assert set(sums) == {"loss", "z_loss", "predicted"}
+        assert sums["z_loss"] == 0
         assert loss == pytest.approx(float(expected), rel=1e-5, abs=0)
         assert sums["loss"] == loss
         assert sums["predicted"] == predicted

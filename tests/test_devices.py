@@ -7,14 +7,11 @@ import importlib
 import json
 from argparse import Namespace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from training_scripts import Place, template_alone
 from transformers import AutoConfig
-
-import run_mlm_flax as mlm
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +103,36 @@ def test_initial_weights_leave_the_device(script, tmp_path):
         assert {type(array) for array in loaded.values()} == {np.ndarray}
 
 
-def test_no_memory_left(monkeypatch, capsys):
-    """An error of JAX, such as that of too large a batch, is one line."""
+def fill_memory(script):
+    """Let the first step fail as it does when a device has no memory left."""
+    import jax
 
-    def fill_memory(args, lock):
-        jnp.zeros(1 << 50, jnp.int8).block_until_ready()
+    def fail(*args):
+        jax.numpy.zeros(1 << 50, jax.numpy.int8).block_until_ready()
 
-    monkeypatch.setattr(mlm, "prepare_output", fill_memory)
-    argv = ["--output_dir=x", "--model_type=roberta", "--tokenizer_name=x", "--train_file=x.txt"]
-    with pytest.raises(SystemExit, match=r"^1$"):
-        mlm.main(argv)
-    stdout, stderr = capsys.readouterr()
-    assert stdout == ""
-    assert stderr.startswith("run_mlm_flax.py: error: RESOURCE_EXHAUSTED")
-    assert stderr.count("\n") == 1
+    def make_steps(*args):
+        return fail, fail
+
+    script.make_steps = make_steps
+
+
+def test_no_memory_left(script, tmp_path):
+    """The error of XLA becomes one line with the numbers, and the flags that lower them."""
+    place = Place(script, tmp_path)
+    flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    run = place.run("out", change=fill_memory, adafactor=True, **flags)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert "RESOURCE_EXHAUSTED" in line
+    assert "2 devices x 3 x 4 = 24" in line
+    flags = [
+        "--per_device_train_batch_size=2 with --gradient_accumulation_steps=6",
+        "--gradient_checkpointing",
+        "--dtype=bfloat16",
+        f"--{script.length_flag}",
+        "--per_device_eval_batch_size",
+    ]
+    places = [line.index(flag) for flag in flags]
+    assert places == sorted(places)
+    # It is in use already.
+    assert "--adafactor" not in line

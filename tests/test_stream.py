@@ -334,9 +334,9 @@ def test_masks_are_those_of_run_mlm_flax(tokenizer):
 def test_evaluation_is_that_of_run_mlm_flax(tokenizer, as_process, monkeypatch, rows, size):
     """Batches of one process, and of two processes with half as many devices each, are the same."""
     blocks = np.random.default_rng(0).integers(5, len(tokenizer), (rows, BLOCK), dtype=np.int32)
-    ends = np.arange(1, rows + 1) * BLOCK
     continues_word = np.zeros(blocks.size, np.int8)
-    sequences = mlm.Sequences(blocks.ravel(), continues_word, ends - BLOCK, ends, BLOCK, BLOCK)
+    columns = (mlm.Tokens([blocks.ravel()]), mlm.Tokens([continues_word]))
+    sequences = mlm.Sequences(*columns, rows, BLOCK, BLOCK)
     expected_collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)
     expected = list(mlm.eval_batches(sequences, expected_collator, 42, size))
     collator = stream.FlaxDataCollatorForLanguageModeling(tokenizer, BLOCK)

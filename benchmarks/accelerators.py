@@ -26,11 +26,13 @@ TPUs need the package libtpu, GPUs need CUDA's packages (benchmarks/accelerators
 import argparse
 import os
 import re
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # libtpu asks the cloud for its topology and locks the TPU, but there is none.
@@ -194,20 +196,20 @@ def make_args(script, workload: Workload, dtype: str, flags: str):
     return script.parse_args(words)
 
 
-def make_loss_fn(script, objective: str, args, model, length: int):
-    """Make the loss of the steps as the script does, without a tokenizer for the collator."""
+def make_collator(script, objective: str, args, length: int):
+    """What the steps take from the collator, without a tokenizer."""
     collator = SimpleNamespace(max_length=length)
     if objective == "masked":
         collator.mlm_probability = args.mlm_probability
         collator.whole_words = False
         collator.num_slots = partial(script.FlaxDataCollatorForLanguageModeling.num_slots, collator)
-    return script.make_loss_fn(args, model, collator)
+    return collator
 
 
 def make_plain_loss_fn(objective: str, ignore: int, model):
     """Make the loss as one would write it first: all logits, one-hot labels."""
 
-    def loss_fn(params, batch, dropout_rng=None):
+    def loss_fn(params, batch, dropout_rng=None, z_loss=0.0):
         inputs = {name: array for name, array in batch.items() if name != "labels"}
         outputs = model(
             **inputs, params=params, dropout_rng=dropout_rng, train=dropout_rng is not None
@@ -221,6 +223,8 @@ def make_plain_loss_fn(objective: str, ignore: int, model):
         one_hot = jax.nn.one_hot(labels, logits.shape[-1])
         losses = jnp.where(is_predicted, optax.softmax_cross_entropy(logits, one_hot), 0)
         sums = {"loss": losses.sum(), "predicted": is_predicted.sum(dtype=jnp.float32)}
+        if objective != "masked":
+            sums["z_loss"] = jnp.float32(0)
         return sums["loss"], sums
 
     return loss_fn
@@ -269,23 +273,26 @@ def lower_step(objective: str, config, workload: Workload, dtype: str, flags: st
     args = make_args(script, workload, dtype, flags)
     schedule = script.make_schedule(args, 10_000)
     model, state = make_model_and_state(script, args, config, schedule)
-    loss_fn = make_loss_fn(script, objective, args, model, workload.length)
-    if step == "plain":
-        loss_fn = make_plain_loss_fn(objective, script.IGNORE, model)
+    collator = make_collator(script, objective, args, workload.length)
+    with ExitStack() as patches:
+        for_devices = partial(jax.pmap, devices=devices)
+        patches.enter_context(mock.patch.object(jax, "pmap", for_devices))
+        if step == "plain":
+            plain_loss_fn = make_plain_loss_fn(objective, script.IGNORE, model)
+            make_loss_fn = mock.Mock(return_value=plain_loss_fn)
+            patches.enter_context(mock.patch.object(script, "make_loss_fn", make_loss_fn))
+        p_train_step, p_eval_step = script.make_steps(args, model, collator, schedule)
 
     accumulation = [args.gradient_accumulation_steps] if step != "evaluation" else []
     batch = {}
     for name, length in array_lengths(script, objective, args, workload.length).items():
         batch[name] = jax.ShapeDtypeStruct((*accumulation, workload.rows, length), jnp.int32)
     if step == "evaluation":
-        p_step = jax.pmap(partial(script.eval_step, loss_fn=loss_fn), "batch", devices=devices)
-        return p_step.lower(*on_all_devices((state.params, batch), len(devices)))
+        return p_eval_step.lower(*on_all_devices((state.params, batch), len(devices)))
 
     names = (*script.TRAINING_SUMS, "tokens", "grad_norm", "learning_rate")
     totals = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}
-    train_step = partial(script.train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed)
-    p_step = jax.pmap(train_step, "batch", donate_argnums=0, devices=devices)
-    return p_step.lower(*on_all_devices((state, totals, batch), len(devices)))
+    return p_train_step.lower(*on_all_devices((state, totals, batch), len(devices)))
 
 
 def compile_step(lowered) -> dict[str, float]:

@@ -72,8 +72,8 @@ def test_an_operation_without_a_tpu_lowering_is_found(devices, monkeypatch):
 
     loss_sums = run_clm_flax.loss_sums
 
-    def loss_with_eigenvalues(params, batch, model, dropout_rng=None):
-        loss, sums = loss_sums(params, batch, model, dropout_rng)
+    def loss_with_eigenvalues(params, batch, **options):
+        loss, sums = loss_sums(params, batch, **options)
         size = batch["labels"].shape[0]
         eigenvalues = jnp.linalg.eigvals(batch["labels"][:, :size].astype(jnp.float32))
         return loss, {**sums, "loss": sums["loss"] + eigenvalues.real.sum()}

@@ -252,8 +252,8 @@ def print_command(command: list[str]) -> None:
 def run(command: list[str]) -> int:
     """Run `command` and return its exit status.
 
-    At a terminal, the command shows progress bars. Otherwise its log is wrapped to 80 columns. Ctrl-C
-    is ignored here: the command handles it, and saves a checkpoint before it ends.
+    At a terminal, the command shows progress bars. Otherwise its log is wrapped to 80 columns.
+    Ctrl-C is ignored here: the command handles it, and saves a checkpoint before it ends.
     """
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
     at_terminal = sys.stderr.isatty()
@@ -325,10 +325,10 @@ def read_curve(model_directory: Path, name: str) -> list[tuple[int, float]]:
 def print_curve(model_directory: Path) -> None:
     """Print the evaluations of the run, with a bar for the accuracy of each."""
     losses = dict(read_curve(model_directory, "eval_loss"))
-    print("  step    loss  accuracy")
     for step, accuracy in read_curve(model_directory, "eval_accuracy"):
         bar = "#" * round(200 * accuracy)
-        print(f"{step:6,}{losses[step]:8.2f}{accuracy:10.1%}  {bar}"[:80].rstrip())
+        line = f"step {step:5,}   loss {losses[step]:5.2f}   accuracy {accuracy:5.1%}   {bar}"
+        print(line[:80].rstrip())
 
 
 def print_results(model_directory: Path, baseline_loss: float) -> None:

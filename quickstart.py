@@ -34,7 +34,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 # Tokens in a training sequence. A small model learns to use the context sooner if it is short.
-LENGTH = 64
+LENGTH = 32
 
 # Small enough for a corpus of a million tokens. The output layer is most of the work, so a small
 # vocabulary also makes training fast.
@@ -54,21 +54,21 @@ TRAINING = {
     "max_seq_length": LENGTH,
     # Each sequence teaches more than with the usual 0.15.
     "mlm_probability": 0.25,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
-    "learning_rate": 2.5e-3,
-    "warmup_steps": 300,
+    "learning_rate": 4e-3,
+    "warmup_steps": 200,
     "weight_decay": 0.01,
     "adam_beta2": 0.98,
-    "max_steps": 4000,
+    "max_steps": 2000,
     "logging_steps": 200,
     "eval_steps": 500,
-    "save_steps": 1000,
+    "save_steps": 2000,
 }
 
 # The trained model fills the gaps in these sentences.
 QUESTIONS = (
-    "Return a list<mask> all the names.",
+    "Return the number<mask> elements in the list.",
     "This method<mask> called when the connection is lost.",
     "This function is<mask> by the interpreter.",
 )

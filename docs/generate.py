@@ -155,11 +155,12 @@ def write_part(match: re.Match) -> str:
     if kind == "diff of":
         return f"<!-- diff of: {name} -->\n{diff(name)}\n<!-- end of diff -->"
     if kind == "flags of":
-        text, end = flag_tables(name.removesuffix(".py")), "flags"
+        text = flag_tables(name.removesuffix(".py"))
     elif kind == "families":
-        text, end = families(), "families"
+        text = families()
     else:
-        text, end = measured(name), "measured"
+        text = measured(name)
+    end = kind.removesuffix(" of")
     start = f"{kind}: {name}" if name else kind
     return f"<!-- {start} -->\n\n{text}\n\n<!-- end of {end} -->"
 

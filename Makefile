@@ -1,4 +1,4 @@
-# make quickstart | test | test-oldest | lint | fix-copies | clean
+# make quickstart | test | test-oldest | lint | docs | fix-copies | clean
 # From a fresh clone: Python 3.10 or newer and make suffice.
 
 PYTHON ?= python3
@@ -17,11 +17,11 @@ INSTALLED_ACCELERATORS := $(ACCELERATORS)/.installed
 INSTALLED_PYTORCH := $(PYTORCH)/.installed
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: help env quickstart test test-oldest test-accelerators accelerators pytorch lint format fix-copies clean
+.PHONY: help env quickstart test test-oldest test-accelerators accelerators pytorch lint format docs fix-copies clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make quickstart   train a small model on Python's documentation (5 minutes)"
+	@echo "make quickstart   train a small model on Python's documentation (3 minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests marked smoke with the oldest supported packages"
 	@echo "make test-accelerators  compile the steps of all scripts for a TPU"
@@ -29,6 +29,7 @@ help:
 	@echo "make pytorch      make the environment of benchmarks/pytorch.py"
 	@echo "make lint         check the style"
 	@echo "make format       fix most of what lint finds"
+	@echo "make docs         write the generated parts of README.md and docs/"
 	@echo "make fix-copies   copy the shared code of run_mlm_flax.py into the other scripts"
 	@echo "make clean        remove the output of the quickstart and of the tools, but not $(VENV)"
 	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) QUICKSTART=$(QUICKSTART)"
@@ -103,6 +104,9 @@ lint: $(INSTALLED_DEV)
 format: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m ruff check --fix .
 	$(VENV)/bin/python -m ruff format .
+
+docs: $(INSTALLED_DEV)
+	@$(VENV)/bin/python docs/generate.py
 
 fix-copies:
 	@$(PYTHON) tests/copies.py --fix

@@ -34,7 +34,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 # Tokens in a training sequence. A small model learns to use the context sooner if it is short.
-LENGTH = 64
+LENGTH = 32
 
 # Small enough for a corpus of a million tokens. The output layer is most of the work, so a small
 # vocabulary also makes training fast.
@@ -54,21 +54,21 @@ TRAINING = {
     "max_seq_length": LENGTH,
     # Each sequence teaches more than with the usual 0.15.
     "mlm_probability": 0.25,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
-    "learning_rate": 2.5e-3,
-    "warmup_steps": 300,
+    "learning_rate": 4e-3,
+    "warmup_steps": 200,
     "weight_decay": 0.01,
     "adam_beta2": 0.98,
-    "max_steps": 4000,
+    "max_steps": 2000,
     "logging_steps": 200,
     "eval_steps": 500,
-    "save_steps": 1000,
+    "save_steps": 2000,
 }
 
 # The trained model fills the gaps in these sentences.
 QUESTIONS = (
-    "Return a list<mask> all the names.",
+    "Return the number<mask> elements in the list.",
     "This method<mask> called when the connection is lost.",
     "This function is<mask> by the interpreter.",
 )
@@ -250,16 +250,20 @@ def print_command(command: list[str]) -> None:
 
 
 def run(command: list[str]) -> int:
-    """Run `command` and return its exit status. Its log is wrapped to 80 columns.
+    """Run `command` and return its exit status.
 
+    At a terminal, the command shows progress bars. Otherwise its log is wrapped to 80 columns.
     Ctrl-C is ignored here: the command handles it, and saves a checkpoint before it ends.
     """
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
+    at_terminal = sys.stderr.isatty()
+    stderr = None if at_terminal else subprocess.PIPE
     # Not SIG_IGN, which the command would inherit.
     previous = signal.signal(signal.SIGINT, lambda number, frame: None)
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            print(textwrap.fill(line.rstrip(), 80, subsequent_indent=" " * 9), flush=True)
+    with subprocess.Popen(command, env=environment, stderr=stderr, text=True) as process:
+        if not at_terminal:
+            for line in process.stderr:
+                print(textwrap.fill(line.rstrip(), 80, subsequent_indent=" " * 9), flush=True)
     signal.signal(signal.SIGINT, previous)
     return process.returncode
 
@@ -308,12 +312,31 @@ def fill_mask(model_directory: Path, text: str, count: int = 3) -> list[tuple[st
     return [(tokenizer.decode(int(token)), float(probabilities[token])) for token in best]
 
 
+def read_curve(model_directory: Path, name: str) -> list[tuple[int, float]]:
+    """Read the steps and values of a scalar from the TensorBoard logs of this run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # An earlier quickstart may have left its logs in the folder.
+    newest = max(model_directory.glob("events.out.tfevents.*"), key=os.path.getmtime)
+    events = EventAccumulator(str(newest), size_guidance={"tensors": 0}).Reload()
+    return [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(name)]
+
+
+def print_curve(model_directory: Path) -> None:
+    """Print the evaluations of the run, with a bar for the accuracy of each."""
+    losses = dict(read_curve(model_directory, "eval_loss"))
+    for step, accuracy in read_curve(model_directory, "eval_accuracy"):
+        bar = "#" * round(200 * accuracy)
+        line = f"step {step:5,}   loss {losses[step]:5.2f}   accuracy {accuracy:5.1%}   {bar}"
+        print(line[:80].rstrip())
+
+
 def print_results(model_directory: Path, baseline_loss: float) -> None:
     """Print the evaluation of the trained model, and how it fills the gaps of QUESTIONS."""
     results = json.loads((model_directory / "eval_results.json").read_text())
-    for name, value in results.items():
-        print(f"{name:20}{value:10.4f}")
-    print(f"A guess by the frequency of tokens alone has a loss of {baseline_loss:.4f}.")
+    print_curve(model_directory)
+    print(f"\nLoss of a guess by the frequency of tokens alone: {baseline_loss:.4f}")
+    print(f"Loss of this model:                               {results['eval_loss']:.4f}")
     for question in QUESTIONS:
         print(f"\n{question.replace('<mask>', ' ____')}")
         for token, probability in fill_mask(model_directory, question):
@@ -395,7 +418,8 @@ def main(argv: list[str] | None = None) -> int:
     print_heading("4. Next")
     tensorboard = shown(Path(sys.executable).parent / "tensorboard")
     print(f"Look at the curves:   {tensorboard} --logdir {shown(model_directory)}")
-    print("Train on your text:   the command above with --train_file=YOURS.txt")
+    print("Train on your text:   README.md, 'Train a RoBERTa on your text'")
+    print("Train it for longer:  the command above with a larger --max_steps")
     print(f"This took {time.monotonic() - start_time:.0f} s.")
     return 0
 

@@ -205,7 +205,7 @@ def processor() -> str:
 def write_json(path: Path | None, figures):
     """Write figures to a file, with the command, the processor and the versions of the libraries.
 
-    benchmarks/tables.py turns such files into the tables of the README. Without a path, write none.
+    `make docs` makes the tables of docs/benchmarks.md from such files. Without a path, write none.
     """
     if path is None:
         return

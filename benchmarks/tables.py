@@ -1,11 +1,8 @@
-#!/usr/bin/env python
-"""Write the README's tables of measurements from the files in benchmarks/results.
+"""The tables of docs/benchmarks.md, made of the files in benchmarks/results.
 
-    python benchmarks/tables.py
-
-The other benchmarks write those files. Each table is between `<!-- measured: NAME -->` and `<!--
-end of measured -->`, and NAME is the name of its file. tests/test_benchmarks.py checks that the
-README shows what the files say.
+The other benchmarks write those files with `--json`. `make docs` writes the tables into the page,
+each between `<!-- measured: NAME -->` and `<!-- end of measured -->`, where NAME is the name of its
+file. A new benchmark needs a function here and an entry in TABLES.
 """
 
 import json
@@ -16,8 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end of measured -->)", re.DOTALL)
 
 
 def table(header: tuple, rows: list) -> str:
@@ -183,18 +178,9 @@ TABLES = {
 
 
 def measured(name: str) -> str:
-    """Make the table of a file and the line that says how it was measured."""
+    """Make the table of a file, and the line that says how it was measured."""
     report = json.loads((RESULTS / f"{name}.json").read_text())
     benchmark = re.match(r"python benchmarks/(\w+)\.py", report["command"])[1]
     about = f"`{report['command']}`: {report['processor']}, JAX {report['jax']}."
     about = textwrap.fill(about, 103, break_on_hyphens=False, break_long_words=False)
-    return f"\n{TABLES[benchmark](report['figures'])}\n{about}\n\n"
-
-
-def fill(text: str) -> str:
-    """Replace the tables in the text of the README with those of the present files."""
-    return BLOCK.sub(lambda match: match[1] + measured(match[2]) + match[3], text)
-
-
-if __name__ == "__main__":
-    README.write_text(fill(README.read_text("utf-8")), encoding="utf-8")
+    return f"{TABLES[benchmark](report['figures'])}\n{about}"

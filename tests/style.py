@@ -183,7 +183,7 @@ def check(path: Path) -> list[Violation]:
     """Violations in a file; the folder that it is in and its name say which rules hold for it."""
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
-    is_script = path.parent.name not in ("tests", "benchmarks")
+    is_script = path.parent.name not in ("tests", "benchmarks", "docs")
     limit = SCRIPT_NODES_PER_LINE if is_script else OTHER_NODES_PER_LINE
     found = [
         *check_density(source, tree, limit),
@@ -203,7 +203,7 @@ def check(path: Path) -> list[Violation]:
 
 def project_files() -> list[Path]:
     """All Python files of the project: the scripts, then tests and benchmarks."""
-    folders = (ROOT, ROOT / "tests", ROOT / "benchmarks")
+    folders = (ROOT, ROOT / "tests", ROOT / "benchmarks", ROOT / "docs")
     return [path for folder in folders for path in sorted(folder.glob("*.py"))]
 
 

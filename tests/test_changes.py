@@ -1,4 +1,4 @@
-"""The changes to run_mlm_flax.py that the README shows do what it says, each applied to a copy."""
+"""The changes to run_mlm_flax.py that docs/customizing.md shows do what it says, each in a copy."""
 
 import importlib.util
 import re
@@ -8,26 +8,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_readme import ROOT, apply, block_of
+from pages import ROOT, apply, diff_of
 from training_scripts import LENGTH, TEMPLATE, Place
 from transformers import AutoTokenizer
 
-SECTIONS = ("Another masking", "Another schedule", "Another source of text")
+COMBINED = ("masking", "schedule", "source")
 RATE = re.compile(r"Step (\d+): .*train_learning_rate ([\d.e+-]+)")
 
 
-def changed(directory, *sections):
-    """Apply the diffs of these sections of the README to a copy of the script."""
+def changed(directory, *changes):
+    """Apply these diffs of the page to a copy of the script."""
     shutil.copy(ROOT / TEMPLATE.name, directory / "my_mlm.py")
-    for section in sections:
-        apply(block_of(section, "diff"), directory)
+    for change in changes:
+        apply(diff_of(change), directory)
     return Place(replace(TEMPLATE, name=str(directory / "my_mlm.py")), directory)
 
 
 @pytest.fixture(scope="module")
 def combined(tmp_path_factory) -> Place:
-    """All three changes at once."""
-    return changed(tmp_path_factory.mktemp("changes"), *SECTIONS)
+    """Three changes at once."""
+    return changed(tmp_path_factory.mktemp("changes"), *COMBINED)
 
 
 def database(path, texts):
@@ -46,11 +46,37 @@ def make_texts(count: int) -> list[str]:
     return [f"w{i % 50} w{i % 7} w{i % 11}" for i in range(count)]
 
 
-def test_masking_hides_spans_of_three(tmp_path):
-    place = changed(tmp_path, "Another masking")
-    spec = importlib.util.spec_from_file_location("my_mlm", tmp_path / "my_mlm.py")
+def import_changed(directory):
+    """Import the changed copy."""
+    spec = importlib.util.spec_from_file_location("my_mlm", directory / "my_mlm.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_only_nouns_of_the_list_are_predicted(tmp_path, monkeypatch):
+    place = changed(tmp_path, "nouns")
+    monkeypatch.chdir(tmp_path)
+    # The last one is not in the vocabulary.
+    (tmp_path / "nouns.txt").write_text("w3\nw5\nw7\nw999\n")
+    module = import_changed(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(place.model)
+    collator = module.FlaxDataCollatorForLanguageModeling(tokenizer, LENGTH, mlm_probability=0.5)
+    input_ids = np.random.default_rng(0).integers(0, len(tokenizer), (400, LENGTH), np.int32)
+    rngs = module.sequence_generators((7,), range(400))
+    batch = collator({"input_ids": input_ids.copy()}, rngs, group_size=400)
+    nouns = np.isin(input_ids, tokenizer.convert_tokens_to_ids(["w3", "w5", "w7"]))
+    predicted = batch["labels"] != -100
+    assert not (predicted & ~nouns).any()
+    # The fraction of about 590 nouns that are predicted has a standard deviation of 0.02.
+    assert abs(predicted[nouns].mean() - 0.5) < 0.09
+    changes = batch["input_ids"] != input_ids
+    assert not (changes & ~predicted).any()
+
+
+def test_masking_hides_spans_of_three(tmp_path):
+    place = changed(tmp_path, "masking")
+    module = import_changed(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(place.model)
     collator = module.FlaxDataCollatorForLanguageModeling(tokenizer, LENGTH)
     input_ids = np.random.default_rng(0).integers(5, len(tokenizer), (400, LENGTH), np.int32)

@@ -116,15 +116,15 @@ def test_the_readmes_picture():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert picture.stat().st_size < 60_000
     root = ElementTree.parse(picture).getroot()
-    (section,) = re.findall(r"(?ms)^## Two commands to begin with$(.*?)^## ", readme)
+    (section,) = re.findall(r"(?ms)^## Quickstart$(.*?)^## ", readme)
     labels = labels_of(root)
-    for label in ("train 5.36", "eval 5.51", "17.2%"):
+    for label in ("train 5.73", "eval 5.84", "14.6%"):
         assert label in labels
         assert label.split()[-1] in section
     drawn = drawn_curves(root)
     num_points = {name: len(points) for name, points in drawn.items()}
     assert num_points == {
-        "train_loss": 20,
-        "eval_loss": 8,
-        "eval_accuracy": 8,
+        "train_loss": 10,
+        "eval_loss": 4,
+        "eval_accuracy": 4,
     }

@@ -1,7 +1,4 @@
-"""Each script trains every family of models that it supports, and reads both of its exports back.
-
-python tests/test_families.py    writes the table of families into the README
-"""
+"""Each script trains every family of models that it supports, and reads both exports back."""
 
 import json
 import logging
@@ -22,7 +19,6 @@ from training_scripts import SCRIPTS, Place, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-README = ROOT / "README.md"
 STEPS = 24
 # {script: {family: settings of its tiny config}}. A family has the name of its configuration in
 # Transformers, which a comma and a variant may follow.
@@ -37,7 +33,7 @@ FAMILIES = {
     "run_bart_dlm_flax.py": dict.fromkeys(("bart", "mbart"), test_mlm_objective.SEQ2SEQ),
 }
 CASES = [(script, family) for script in SCRIPTS for family in FAMILIES[script.name]]
-# The last column of the README's table.
+# The last column of the table in docs/models.md.
 NOTES = {
     "bloom": "`n_head` must be a power of two",
     "gemma": "`rope_theta` 10000, no `rope_scaling`",
@@ -203,7 +199,7 @@ def test_sizes_that_do_not_fit_together(tmp_path, family, settings, words):
 
 
 # ---------------------------------------------------------------------------------------
-# README
+# Documentation
 # ---------------------------------------------------------------------------------------
 
 # {column of the table: scripts}
@@ -213,12 +209,13 @@ COLUMNS = {
     "span-masked": ("run_t5_mlm_flax.py",),
     "denoising": ("run_bart_dlm_flax.py",),
 }
-# Where the table is in the README.
-MARKED = re.compile(r"(?ms)(?<=^<!-- families -->\n)(.*?)(?=^<!-- end of families -->$)")
 
 
 def table() -> str:
-    """Return the table of families in Markdown. Those that it marks are tested by `test_family`."""
+    """Return the table of families in Markdown, for docs/generate.py.
+
+    Those that it marks are tested by `test_family`.
+    """
     tested = {}
     for column, scripts in COLUMNS.items():
         names = [family for script in scripts for family in FAMILIES[script]]
@@ -233,19 +230,9 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_readme_has_the_table():
-    found = MARKED.search(README.read_text("utf-8"))[1].strip()
-    assert found == table(), "python tests/test_families.py writes it"
-
-
 def test_every_family_of_transformers_is_in_the_table():
     """For masked and causal language modeling, they are those for which it has a Flax class."""
     from transformers.models.auto import modeling_flax_auto as auto
 
     assert FAMILIES["run_mlm_flax.py"].keys() == auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
     assert FAMILIES["run_clm_flax.py"].keys() == auto.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
-
-
-if __name__ == "__main__":
-    readme = README.read_text("utf-8")
-    README.write_text(MARKED.sub(lambda _: f"\n{table()}\n\n", readme), encoding="utf-8")

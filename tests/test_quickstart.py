@@ -77,6 +77,8 @@ def test_quickstart_trains_and_shows_what_it_learned(finished):
     assert done.returncode == 0, done.stderr
     results = json.loads((directory / "quickstart" / "model" / "eval_results.json").read_text())
     assert f"{results['eval_loss']:.4f}" in done.stdout
+    assert re.search(r"^step +12   loss +[\d.]+   accuracy +[\d.]+%", done.stdout, re.MULTILINE)
+    assert "Loss of a guess by the frequency of tokens alone: " in done.stdout
     guesses = re.findall(r"^    .* +[\d.]+%$", done.stdout, re.MULTILINE)
     assert len(guesses) == 3 * len(quickstart.QUESTIONS)
     assert "tensorboard --logdir quickstart/model" in done.stdout
@@ -85,3 +87,14 @@ def test_quickstart_trains_and_shows_what_it_learned(finished):
     for line in done.stdout.splitlines():
         assert len(line) <= 80 or any(path in line for path in long_paths)
     assert {path.name for path in directory.iterdir()} == {"quickstart"}
+
+
+def test_progress_is_shown_at_a_terminal(tmp_path):
+    """The bars of the training script appear."""
+    import os
+
+    from training_scripts import run_at_terminal
+
+    command = [sys.executable, str(quickstart.HERE / "quickstart.py"), "--max_steps", "3"]
+    shown = run_at_terminal(command, cwd=tmp_path, env=dict(os.environ)).decode()
+    assert re.search(r"Training.*3/3", shown)

@@ -4,8 +4,8 @@
     python benchmarks/tables.py
 
 The other benchmarks write those files. Each table is between `<!-- measured: NAME -->` and `<!--
-end of measured -->`, and NAME is the name of its file. tests/test_benchmarks.py checks that the
-README shows what the files say.
+end of measured -->`, and NAME is the name of its file.
+tests/project/test_benchmarks.py checks that the README shows what the files say.
 """
 
 import json

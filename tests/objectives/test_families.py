@@ -1,6 +1,6 @@
 """Each script trains every family of models that it supports, and reads both of its exports back.
 
-python tests/test_families.py    writes the table of families into the README
+python tests/families.py    writes the table of families into the README
 """
 
 import json
@@ -12,60 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_clm_objective
-import test_mlm_objective
-import test_t5_objective
+from families import CASES, FAMILIES, MARKED, README, configure, table
 from flax.traverse_util import flatten_dict
+from outputs import losses
 from safetensors.numpy import save_file
-from test_hosts import losses
-from training_scripts import SCRIPTS, Place, tiny_model
+from training_scripts import SCRIPTS, Place
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-README = ROOT / "README.md"
 STEPS = 24
-# {script: {family: settings of its tiny config}}. A family has the name of its configuration in
-# Transformers, which a comma and a variant may follow.
-FAMILIES = {
-    "run_mlm_flax.py": test_mlm_objective.FAMILIES,
-    "run_mlm_flax_stream.py": test_mlm_objective.FAMILIES,
-    "run_clm_flax.py": {
-        **test_clm_objective.FAMILIES,
-        "gpt-sw3": test_clm_objective.FAMILIES["gpt2"],
-    },
-    "run_t5_mlm_flax.py": test_t5_objective.FAMILIES,
-    "run_bart_dlm_flax.py": dict.fromkeys(("bart", "mbart"), test_mlm_objective.SEQ2SEQ),
-}
-CASES = [(script, family) for script in SCRIPTS for family in FAMILIES[script.name]]
-# The last column of the README's table.
-NOTES = {
-    "bloom": "`n_head` must be a power of two",
-    "gemma": "`rope_theta` 10000, no `rope_scaling`",
-    "gptj": "`rotary_dim` must be even, and at most the size of a head; no `tie_word_embeddings`",
-    "llama": "as `gemma`; no `tie_word_embeddings`, `mlp_bias`; "
-    "`head_dim` is `hidden_size / num_attention_heads`",
-    "mistral": "as `llama`; sequences no longer than `sliding_window`",
-    "roformer": "gets an `embedding_size` of `hidden_size`",
-    "bert": "causal: gets `is_decoder`, as all encoders do",
-    "big_bird": "causal, with `--line_by_line`, up to 11 blocks or no multiple of a block: "
-    "gets full attention",
-    "gpt-sw3": "its configuration is GPT-2's",
-    "mbart": "denoising: the objective of BART, without language codes",
-}
 
 
 # Names of the parameters of a language modeling head start with one of these.
 HEAD = r"(lm_head|cls|generator|predictions|vocab|mlm)"
-
-
-def configure(place: Place, family: str):
-    """Write the configuration of a tiny model with the family's default dropout and attention."""
-    settings = FAMILIES[place.script.name][family]
-    settings = {name: value for name, value in settings.items() if "drop" not in name}
-    # BigBird's sparse attention needs longer texts.
-    settings.pop("attention_type", None)
-    write_model = tiny_model(family.partition(",")[0], place.script.num_sentinels, **settings)
-    write_model(place.model)
 
 
 def mean_loss(losses_by_step: dict[int, float], steps: range) -> float:
@@ -206,36 +165,10 @@ def test_sizes_that_do_not_fit_together(tmp_path, family, settings, words):
 # README
 # ---------------------------------------------------------------------------------------
 
-# {column of the table: scripts}
-COLUMNS = {
-    "masked": ("run_mlm_flax.py", "run_mlm_flax_stream.py"),
-    "causal": ("run_clm_flax.py",),
-    "span-masked": ("run_t5_mlm_flax.py",),
-    "denoising": ("run_bart_dlm_flax.py",),
-}
-# Where the table is in the README.
-MARKED = re.compile(r"(?ms)(?<=^<!-- families -->\n)(.*?)(?=^<!-- end of families -->$)")
-
-
-def table() -> str:
-    """Return the table of families in Markdown. Those that it marks are tested by `test_family`."""
-    tested = {}
-    for column, scripts in COLUMNS.items():
-        names = [family for script in scripts for family in FAMILIES[script]]
-        tested[column] = {name.partition(",")[0] for name in names}
-    lines = [
-        f"| `--model_type` | {' | '.join(COLUMNS)} | |",
-        "|---|" + ":---:|" * len(COLUMNS) + "---|",
-    ]
-    for family in sorted(set().union(*tested.values())):
-        marks = ["✓" if family in families else "" for families in tested.values()]
-        lines.append(f"| `{family}` | {' | '.join(marks)} | {NOTES.get(family, '')} |")
-    return "\n".join(lines)
-
 
 def test_readme_has_the_table():
     found = MARKED.search(README.read_text("utf-8"))[1].strip()
-    assert found == table(), "python tests/test_families.py writes it"
+    assert found == table(), "python tests/families.py writes it"
 
 
 def test_every_family_of_transformers_is_in_the_table():
@@ -244,8 +177,3 @@ def test_every_family_of_transformers_is_in_the_table():
 
     assert FAMILIES["run_mlm_flax.py"].keys() == auto.FLAX_MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
     assert FAMILIES["run_clm_flax.py"].keys() == auto.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
-
-
-if __name__ == "__main__":
-    readme = README.read_text("utf-8")
-    README.write_text(MARKED.sub(lambda _: f"\n{table()}\n\n", readme), encoding="utf-8")

@@ -22,7 +22,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # a dependency of pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(ROOT.glob("run_*.py"))
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 # The block of inline script metadata of PEP 723.

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import sys
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,6 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_mlm_flax as mlm
 
 # As conftest.py sets it.

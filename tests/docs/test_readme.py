@@ -3,7 +3,7 @@
 The blocks of the README run from top to bottom in one temporary folder with a copy of the scripts,
 as a reader would run them. The tables below replace large sizes and whatever needs a network or
 never ends, so a new value in the README needs no change here unless it is large.
-`python tests/test_readme.py` updates the tables of flags in the README.
+`python tests/docs/test_readme.py` updates the tables of flags in the README.
 """
 
 import ast
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("run_*.py"))
@@ -108,7 +108,7 @@ ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 NOT_RUN = {
     "Use the model": "needs PyTorch and Transformers 5, which has no Flax classes",
     "Upload to the Hub": (
-        "needs an account; tests/test_hub.py trains against a stand-in for the Hub"
+        "needs an account; tests/hub/test_hub.py trains against a stand-in for the Hub"
     ),
     "Models": "the second environment has PyTorch and Transformers 5, which has no Flax classes",
     "Datasets": "needs the Hub; the tests run offline, on folders and files",
@@ -602,7 +602,7 @@ def flag_tables(script: str) -> str:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_tables_have_every_flag(script):
     tables = {match[1]: match[3].strip() for match in MARKED.finditer(TEXT)}
-    message = "python tests/test_readme.py updates the tables"
+    message = "python tests/docs/test_readme.py updates the tables"
     assert tables[script] == flag_tables(script), message
 
 
@@ -639,7 +639,7 @@ def test_links_lead_somewhere(document):
 @each_document
 def test_named_files_exist(document):
     """Files of the project that the text names, and targets of make."""
-    file_name = r"`((?:tests/|benchmarks/)?\w+\.(?:py|txt)|Makefile|\.ci/\w+)`"
+    file_name = r"`((?:tests/(?:\w+/)?|benchmarks/)?\w+\.(?:py|txt)|Makefile|\.ci/\w+)`"
     named = set(re.findall(file_name, PROSE[document])) - set(LINES)
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

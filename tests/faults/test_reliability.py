@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
+from outputs import EXPORTED, differing, outcome
 from safetensors.numpy import load_file
-from test_faults import EXPORTED, differing, outcome
 from training_scripts import Place, checkpoints, template_alone
 
 pytestmark = template_alone

@@ -2,6 +2,18 @@
 
 Tests have eight virtual devices, no network, and caches that are deleted when the session ends. The
 fixtures make a small corpus, a tokenizer and a configuration.
+
+Beside this file are the modules that several tests import. The tests are in folders:
+
+- objectives: masking, losses and gradients of each script, its families of models; what is learned
+- data: files and streams, blocks, batches
+- training: schedules, optimizers, steps, exports, progress, several versions of the libraries
+- faults: bad input, kills, signals, damage, locks, odd names
+- hosts: several processes
+- hub: uploads, and the server that stands in for the Hub
+- docs: the README, its blocks and pictures, the quickstart
+- project: requirements, style, copies, benchmarks
+- smoke: one short run of each script
 """
 
 import atexit
@@ -10,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -49,9 +62,28 @@ def is_wanted(item) -> bool:
     return True
 
 
-def pytest_collection_modifyitems(items):
-    """Leave out the tests that their `only_where` marks exclude."""
-    items[:] = [item for item in items if is_wanted(item)]
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slice",
+        metavar="K/N",
+        help="of the tests marked full, run only the K-th of N parts, and all other tests",
+    )
+
+
+def is_in_slice(item, wanted: str | None) -> bool:
+    """Whether a test is in the slice "K/N" of the tests marked full. All other tests are."""
+    if not wanted or not item.get_closest_marker("full"):
+        return True
+    number, count = map(int, wanted.split("/"))
+    # A checksum of the name, so that a new test does not move the others into other slices.
+    return zlib.crc32(item.nodeid.encode()) % count == number % count
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests that their `only_where` marks, or --slice, exclude."""
+    wanted = config.getoption("--slice")
+    items[:] = [item for item in items if is_wanted(item) and is_in_slice(item, wanted)]
 
 
 @pytest.fixture(scope="module", params=SCRIPTS, ids=str)

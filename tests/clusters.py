@@ -35,7 +35,7 @@ def start_cluster(place: Place, output_dir: str, first=(), **flags):
 def finish_cluster(place: Place, output_dir: str, **flags) -> Path:
     """Run two processes to the end, and return the output directory of the first."""
     for run in start_cluster(place, output_dir, **flags):
-        run.wait(240)
+        run.wait()
         assert (run.returncode, run.lines) == (0, [])
     assert not (place.directory / f"{output_dir}-of-the-second").exists()
     return place.directory / output_dir

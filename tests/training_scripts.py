@@ -27,7 +27,7 @@ import tempfile
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -269,6 +269,16 @@ STREAM = replace(
 SCRIPTS.append(STREAM)
 # Marks tests of code that is word for word the same in all scripts, which test_copies.py verifies.
 template_alone = pytest.mark.only_where.with_args(lambda script, **others: script is TEMPLATE)
+other_scripts = pytest.mark.only_where.with_args(lambda script, **others: script is not TEMPLATE)
+
+
+def full_but(cases: Iterable, *kept) -> list:
+    """Parameters of a test. `make test` runs those that are kept, `make test-full` all of them."""
+    found = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        found.append(pytest.param(*values, marks=() if case in kept else pytest.mark.full))
+    return found
 
 
 class Place:
@@ -349,6 +359,18 @@ def checkpoints(output_dir: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
+def wait_for(condition: Callable, *runs, seconds: float = 300):
+    """Wait until `condition()` is true. No run may end before.
+
+    The limit is far longer than it takes, also on a machine that does much else.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        assert all(run.poll() is None for run in runs), [run.stderr for run in runs]
+        assert time.monotonic() < end, [run.stderr for run in runs]
+        time.sleep(0.005)
+
+
 def snapshot(directory: Path) -> dict:
     """Return the size and modification time of a folder and of everything in it, by path."""
     paths = [directory, *directory.rglob("*")]
@@ -390,7 +412,7 @@ class Run:
             self.returncode = self.server.ask(poll=self.pid)
         return self.returncode
 
-    def wait(self, timeout: float = 120) -> "Run":
+    def wait(self, timeout: float = 300) -> "Run":
         """Wait until the child ends. After `timeout` seconds, kill it and raise AssertionError."""
         end = time.monotonic() + timeout
         while self.poll() is None:

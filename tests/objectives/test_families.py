@@ -16,13 +16,15 @@ from families import CASES, FAMILIES, MARKED, README, configure, table
 from flax.traverse_util import flatten_dict
 from outputs import losses
 from safetensors.numpy import save_file
-from training_scripts import SCRIPTS, Place
+from training_scripts import SCRIPTS, Place, full_but
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 STEPS = 24
 
 
+# One family of each script but the streaming one, whose models are those of the template.
+OWN = [(script, script.model_type) for script in SCRIPTS if not script.is_stream]
 # Names of the parameters of a language modeling head start with one of these.
 HEAD = r"(lm_head|cls|generator|predictions|vocab|mlm)"
 
@@ -32,6 +34,7 @@ def mean_loss(losses_by_step: dict[int, float], steps: range) -> float:
 
 
 @pytest.mark.smoke
+@pytest.mark.full
 @pytest.mark.parametrize(("script", "family"), CASES, ids=str)
 def test_family(tmp_path, script, family):
     """The model learns without warnings, and both exports evaluate as the run itself did."""
@@ -77,7 +80,7 @@ def test_family(tmp_path, script, family):
 
 
 @pytest.mark.parametrize(
-    ("script", "family"), [case for case in CASES if not case[0].is_stream], ids=str
+    ("script", "family"), full_but((case for case in CASES if not case[0].is_stream), *OWN), ids=str
 )
 def test_a_pytorch_file_without_some_weights(tmp_path, caplog, script, family):
     """A warning names the missing weights, and the others are loaded.

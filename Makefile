@@ -1,4 +1,4 @@
-# make quickstart | test | test-oldest | lint | fix-copies | clean
+# make quickstart | smoke | test | test-full | test-oldest | lint | fix-copies | clean
 # From a fresh clone: Python 3.10 or newer and make suffice.
 
 PYTHON ?= python3
@@ -13,12 +13,19 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_OLDEST := $(OLDEST)/.installed
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: help env quickstart test test-oldest lint format fix-copies clean
+# Files with a process each, the longest first, which tests/conftest.py sorts.
+PYTEST = -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# Of the slow sweeps, the tests marked full, a part: SLICE=2/5 is the second of five.
+SLICE ?=
+
+.PHONY: help env quickstart smoke test test-full test-oldest lint format fix-copies clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   train a small model on Python's documentation (5 minutes)"
-	@echo "make test         run the tests"
+	@echo "make smoke        run each script once, in a minute"
+	@echo "make test         run the tests, but for slow sweeps; with SLICE=2/5 also a fifth of those"
+	@echo "make test-full    run the slow sweeps; with SLICE=2/5 a fifth of them"
 	@echo "make test-oldest  run the tests marked smoke with the oldest supported packages"
 	@echo "make lint         check the style"
 	@echo "make format       fix most of what lint finds"
@@ -56,13 +63,20 @@ $(INSTALLED_OLDEST): requirements.txt requirements-dev.txt
 quickstart: $(INSTALLED)
 	@$(VENV)/bin/python quickstart.py --directory $(QUICKSTART)
 
+smoke: $(INSTALLED_DEV)
+	$(VENV)/bin/python -m pytest -q --numprocesses=2 --dist=worksteal tests/smoke
+
 test: $(INSTALLED_DEV)
-	$(VENV)/bin/python -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile
+	$(VENV)/bin/python $(PYTEST) $(if $(SLICE),--slice=$(SLICE),-m "not full")
+
+test-full: $(INSTALLED_DEV)
+	$(VENV)/bin/python $(PYTEST) -m full $(if $(SLICE),--slice=$(SLICE))
 
 # Each set of versions goes on from checkpoints of the other one.
 test-oldest: $(INSTALLED_OLDEST) $(INSTALLED)
 	OTHER_PYTHON=$(abspath $(VENV)/bin/python) \
-		$(OLDEST)/bin/python -m pytest -q -m smoke --durations=10 --numprocesses=2 --dist=worksteal
+		$(OLDEST)/bin/python -m pytest -q --durations=10 --numprocesses=2 --dist=worksteal \
+		$(if $(SLICE),-m smoke --slice=$(SLICE),-m "smoke and not full")
 
 lint: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m ruff check .

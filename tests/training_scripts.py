@@ -267,6 +267,7 @@ STREAM = replace(
     TEMPLATE, name="run_mlm_flax_stream.py", flags=("--num_eval_samples=16",), is_stream=True
 )
 SCRIPTS.append(STREAM)
+T5 = next(script for script in SCRIPTS if script.model_type == "t5")
 # Marks tests of code that is word for word the same in all scripts, which test_copies.py verifies.
 template_alone = pytest.mark.only_where.with_args(lambda script, **others: script is TEMPLATE)
 other_scripts = pytest.mark.only_where.with_args(lambda script, **others: script is not TEMPLATE)

@@ -25,6 +25,7 @@ from training_scripts import (
     Place,
     checkpoints,
     child_environment,
+    full_but,
     other_scripts,
     snapshot,
     template_alone,
@@ -238,7 +239,12 @@ def test_killed_and_stopped(place, undisturbed, expected, output_dir):
 
 @template_alone
 @pytest.mark.parametrize(
-    "result", ["flax_model.msgpack", "train_results.json", "eval_results.json"]
+    "result",
+    full_but(
+        ["flax_model.msgpack", "train_results.json", "eval_results.json"],
+        "flax_model.msgpack",
+        "eval_results.json",
+    ),
 )
 def test_killed_after_the_last_checkpoint(place, expected, copied, result):
     """All steps are trained then, but the results of the last one are not written yet."""
@@ -257,6 +263,7 @@ def test_killed_after_the_last_checkpoint(place, expected, copied, result):
 
 
 @template_alone
+@pytest.mark.full
 def test_the_comparison_can_fail(place, expected, output_dir):
     place.run(output_dir, **TRAINING, seed=43)
     differences = differing(outcome(output_dir), expected)
@@ -381,7 +388,7 @@ def test_damaged_checkpoints_are_skipped(place, expected, copied):
 
 
 @template_alone
-@pytest.mark.parametrize("how", ["truncated", "emptied"])
+@pytest.mark.parametrize("how", full_but(["truncated", "emptied"], "truncated"))
 def test_a_damaged_newest_checkpoint(place, expected, copied, how):
     """In a process of its own, which might print more when it ends than a forked child does."""
     damage(copied / "checkpoints" / str(STEPS), how)
@@ -595,7 +602,7 @@ def check_failed_save(run, output_dir: Path, first: int):
 
 
 @template_alone
-@pytest.mark.parametrize("free", [0, 4096, 8192, 100_000])
+@pytest.mark.parametrize("free", full_but([0, 4096, 8192, 100_000], 4096, 100_000))
 def test_full_disk(place, undisturbed, expected, small_disk, free):
     """`free` is the number of bytes that are free when the run starts."""
     output_dir = small_disk / "output"

@@ -4,6 +4,7 @@ The code is word for word the same in all scripts, so the template is tested, an
 their `main` is another one.
 """
 
+import itertools
 import json
 import random
 import re
@@ -17,9 +18,10 @@ from pathlib import Path
 import pytest
 from outputs import EXPORTED, differing, outcome
 from safetensors.numpy import load_file
-from training_scripts import Place, checkpoints, template_alone, wait_for
+from training_scripts import Place, checkpoints, full_but, template_alone, wait_for
 
 pytestmark = template_alone
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 TRAINING = {"max_steps": 12, "save_steps": 3, "logging_steps": 1, "save_total_limit": 5}
 
 
@@ -101,8 +103,14 @@ def evaluate_slowly(script):
     script.eval_batches = slow_batches
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["during training", "at the end"])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    full_but(
+        itertools.product(("during training", "at the end"), STOP_SIGNALS),
+        ("during training", signal.SIGTERM),
+        ("at the end", signal.SIGINT),
+    ),
+)
 def test_a_signal_stops_an_evaluation_between_two_batches(
     place, finished, tmp_path, moment, number
 ):
@@ -171,7 +179,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", full_but(STOP_SIGNALS[:2], signal.SIGTERM))
 def test_a_signal_while_other_processes_tokenize(place, tmp_path, number):
     flags = {**TRAINING, "preprocessing_num_workers": 2, "overwrite_cache": True}
     run = place.start(tmp_path / "out", **flags, change=tokenize_slowly)
@@ -246,7 +254,7 @@ def test_fewer_steps_than_the_checkpoint_has(place, copied):
 NAMES = ["lr[3e-4]", "a*b?", "#%{}", "two words", "new\nline", "Žluťoučký"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", full_but(NAMES, "lr[3e-4]", "new\nline"))
 def test_odd_characters_in_every_path(place, finished, tmp_path, name):
     """A run stops, resumes, and is evaluated from its exported model."""
     folder = tmp_path / name

@@ -91,6 +91,7 @@ def test_two_processes_train_as_one(two_processes, one_device):
 
 
 @template_alone
+@pytest.mark.full
 def test_accumulation_trains_as_a_larger_batch(place, one_device):
     batches = {
         "per_device_train_batch_size": 2,
@@ -103,6 +104,7 @@ def test_accumulation_trains_as_a_larger_batch(place, one_device):
 
 
 @template_alone
+@pytest.mark.full
 def test_the_comparison_can_fail(place, one_device):
     flags = {**TRAINING, **ONE_DEVICE, "max_steps": 3, "per_device_train_batch_size": 8}
     run = place.run("other", **flags, devices=1)

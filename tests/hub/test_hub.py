@@ -221,7 +221,10 @@ def test_a_failed_last_upload_is_an_error_that_keeps_the_files(hub, train, scrip
 
 
 @template_alone
-@pytest.mark.parametrize("trouble", ["wrong token", "read token", "no token", "no network"])
+@pytest.mark.parametrize(
+    "trouble",
+    full_but(["wrong token", "read token", "no token", "no network"], "wrong token", "no network"),
+)
 def test_a_model_that_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_path, trouble):
     """The error is one line before any training. The output directory of an earlier run is kept."""
     output_dir = tmp_path / "my-model"

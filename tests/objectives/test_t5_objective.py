@@ -405,7 +405,7 @@ def test_every_family_is_tested():
     assert {family.partition(",")[0] for family in SPAN_MASKED} == set(t5.FAMILIES)
 
 
-@pytest.mark.parametrize("family", SPAN_MASKED)
+@pytest.mark.parametrize("family", full_but(SPAN_MASKED, "t5", "t5, version 1.1"))
 def test_loss_is_the_mean_over_the_targets(family):
     """Compare with float64, one label at a time."""
     _, model, params = make_model(family)
@@ -473,7 +473,7 @@ def test_logits_are_never_whole():
     assert not sizes & {count * VOCAB for count in num_tokens_or_more}
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", full_but([jnp.bfloat16, jnp.float16], jnp.bfloat16))
 def test_softmax_and_loss_are_float32_in_every_dtype(dtype):
     """Compare with float64, from the half-precision hidden states that the model returns.
 

@@ -13,7 +13,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_OLDEST := $(OLDEST)/.installed
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-# Files with a process each, the longest first, which tests/conftest.py sorts.
+# A file's tests share runs, so they stay in one process. tests/conftest.py sorts the files.
 PYTEST = -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 # Of the slow sweeps, the tests marked full, a part: SLICE=2/5 is the second of five.
 SLICE ?=

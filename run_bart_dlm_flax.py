@@ -2250,6 +2250,15 @@ class StopSignals:
         if os.getpid() != self.process_id:
             # A process that tokenizes for this one has inherited the handler.
             os._exit(128 + number)
+        # Python drops an exception that is raised in a callback of the garbage collector or in
+        # __del__. If the signal came there, the run stops as if it had come in training.
+        self.received = max(self.received, number)
+        while frame and frame.f_code.co_name != "_xla_gc_callback":
+            frame = frame.f_back
+        if frame:
+            # JAX 0.10 has such a callback. Send the signal again when it has returned.
+            threading.Timer(0.01, os.kill, (self.process_id, number)).start()
+            return
         self.exiting = number
         sys.exit(128 + number)
 

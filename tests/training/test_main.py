@@ -1,18 +1,21 @@
 """Call `main()` as users of the earlier scripts do: several times in one process, by `sys.argv`."""
 
+import gc
 import importlib
 import json
 import logging
 import math
+import os
 import signal
 import sys
+import time
 
 import datasets
 import huggingface_hub
 import jax
 import pytest
 import transformers
-from training_scripts import SCRIPTS, write_text
+from training_scripts import SCRIPTS, checkpoints, write_text
 
 
 def settings_of_process() -> dict:
@@ -62,6 +65,58 @@ def test_main_runs_several_times_in_one_process(tmp_path, monkeypatch):
         losses.append(results["eval_loss"])
     assert len(losses) == 5
     assert losses[0] == losses[-1]
+
+
+class SignalInDel:
+    """Sends a signal where Python drops exceptions."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def signal_in_garbage_collection():
+    """Send a signal in a callback of the garbage collector that has the name of JAX's."""
+
+    def _xla_gc_callback(*args):
+        gc.callbacks.remove(_xla_gc_callback)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # Without garbage there is no __del__ or callback of a weak reference, which drop exceptions too.
+    gc.collect()
+    gc.callbacks.append(_xla_gc_callback)
+    gc.collect()
+    time.sleep(60)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("send_signal", "saved"), [(SignalInDel, [1]), (signal_in_garbage_collection, [])]
+)
+def test_a_signal_where_python_drops_exceptions(tmp_path, monkeypatch, send_signal, saved):
+    """The run stops after a step and saves, or, in JAX's callback, ends at once."""
+    script = SCRIPTS[0]
+    module = importlib.import_module(script.path.stem)
+    plan_steps = module.plan_steps
+
+    def plan_steps_after_the_signal(*args):
+        send_signal()
+        return plan_steps(*args)
+
+    monkeypatch.setattr(module, "plan_steps", plan_steps_after_the_signal)
+    text = write_text(tmp_path / "text.txt", 60, seed=1)
+    script.write_model(tmp_path / "model")
+    flags = {
+        "output_dir": tmp_path / "out",
+        "config_name": tmp_path / "model",
+        "tokenizer_name": tmp_path / "model",
+        "max_steps": 5,
+        "per_device_train_batch_size": 1,
+        "train_file": text,
+    }
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    with pytest.raises(SystemExit, match=f"^{128 + signal.SIGTERM}$"):
+        module.main(["--do_train", *argv, *script.flags])
+    assert checkpoints(tmp_path / "out") == saved
 
 
 def test_an_error_is_one_line_and_restores_the_process(tmp_path, monkeypatch, capsys):

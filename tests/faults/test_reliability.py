@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +89,7 @@ def test_two_runs_that_start_at_once(place, finished, tmp_path):
 def evaluate_slowly(script):
     """Let each batch of an evaluation take half a second, and write to a file how many are left."""
     import pathlib
+    import time
 
     original = script.eval_batches
 
@@ -155,6 +155,7 @@ def test_nohup_holds(place, tmp_path):
 def tokenize_slowly(script):
     """Let tokenizing take minutes, and write a file once it has begun."""
     import pathlib
+    import time
 
     original = script.encode
 

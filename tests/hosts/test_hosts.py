@@ -6,7 +6,6 @@ its tests run only for the template.
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -163,6 +162,7 @@ def slow_start(script):
     """Make tokenization take an hour. A file `starting-PROCESS` says that it has begun."""
     import os
     import pathlib
+    import time
 
     tokenize = script.tokenize
 
@@ -192,6 +192,7 @@ def test_sigterm_before_training(place):
 def slow_end(script):
     """Make the first process write its results for 40 s, and JAX wait 20 s for the last process."""
     import functools
+    import time
 
     import jax
 

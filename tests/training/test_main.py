@@ -81,7 +81,7 @@ def signal_in_garbage_collection():
         gc.callbacks.remove(_xla_gc_callback)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    # Without garbage there is no __del__ or callback of a weak reference. They drop exceptions, too.
+    # Without garbage there is no __del__ or weak reference's callback, which drop exceptions, too.
     gc.collect()
     gc.callbacks.append(_xla_gc_callback)
     gc.collect()

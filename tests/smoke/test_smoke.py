@@ -50,25 +50,24 @@ def test_training(script, tmp_path, run_script):
 
 
 def test_inference(tmp_path, run_script):
-    """The script reports the throughput in both precisions, of which one is the ratio's base."""
+    """The report has a row of numbers for each precision, and their ratio."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     FlaxAutoModel.from_config(BertConfig(vocab_size=99, **sizes)).save_pretrained(tmp_path)
-    for precision in ("float32", "bfloat16"):
-        argv = [
-            "run_bert_flax.py",
-            f"--model_name_or_path={tmp_path}",
-            f"--precision={precision}",
-            "--batch_size=2",
-            "--seq_length=16",
-            "--num_warmup=1",
-            "--num_iters=3",
-        ]
-        run = run_script(argv, env=ONE_DEVICE)
-        assert run.returncode == 0, run.stderr
-        assert precision in run.stdout
-        numbers = [float(number) for number in re.findall(r"\d+\.\d+", run.stdout)]
-        assert numbers
-        assert all(number > 0 for number in numbers)
+    argv = [
+        "run_bert_flax.py",
+        f"--model_name_or_path={tmp_path}",
+        "--compare",
+        "--batch_size=2",
+        "--seq_length=16",
+        "--num_warmup=1",
+        "--num_iters=3",
+    ]
+    run = run_script(argv, env=ONE_DEVICE)
+    assert run.returncode == 0, run.stderr
+    rows = re.findall(r"(?m)^(float32|bfloat16) +([\d.,]+) ", run.stdout)
+    assert [precision for precision, _ in rows] == ["float32", "bfloat16"]
+    assert all(float(number.replace(",", "")) > 0 for _, number in rows)
+    assert "times as fast" in run.stdout
 
 
 def test_tokenizer(tmp_path, run_script):

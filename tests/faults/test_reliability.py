@@ -87,7 +87,10 @@ def test_two_runs_that_start_at_once(place, finished, tmp_path):
 
 
 def evaluate_slowly(script):
-    """Let each batch of an evaluation take half a second, and write to a file how many are left."""
+    """Write to a file how many batches of an evaluation are left.
+
+    After two of them, wait for a file that says that the signal is sent.
+    """
     import pathlib
     import time
 
@@ -95,9 +98,13 @@ def evaluate_slowly(script):
 
     def slow_batches(*args):
         batches = list(original(*args))
+        yield batches.pop(0)
+        yield batches.pop(0)
         while batches:
             pathlib.Path("left").write_text(str(len(batches)))
-            time.sleep(0.5)
+            while not pathlib.Path("sent").exists():
+                time.sleep(0.01)
+            time.sleep(0.1)
             yield batches.pop(0)
 
     script.eval_batches = slow_batches
@@ -123,9 +130,12 @@ def test_a_signal_stops_an_evaluation_between_two_batches(
     left = place.directory / "left"
     wait_for(lambda: f"Step {step}: train_loss" in run.stderr and left.exists(), run)
     run.send_signal(number)
+    sent = place.directory / "sent"
+    sent.touch()
     run.wait()
     assert int(left.read_text()) > 1
     left.unlink()
+    sent.unlink()
     assert (run.returncode, run.lines) == (128 + number, [])
     assert not (output_dir / "eval_results.json").exists()
     assert checkpoints(output_dir)[-1] >= step

@@ -113,15 +113,32 @@ def test_the_comparison_can_fail(place, one_device):
     assert any(abs(loss - expected[step]) > 1e-3 for step, loss in found.items())
 
 
+def wait_for_signal(script):
+    """Let the seventh batch wait for a file that says that the signal is sent."""
+    import pathlib
+    import time
+
+    train_batches = script.train_batches
+
+    def slow_train_batches(*args):
+        for number, batch in enumerate(train_batches(*args), start=1):
+            while number == 7 and not pathlib.Path("sent").exists():
+                time.sleep(0.01)
+            yield batch
+
+    script.train_batches = slow_train_batches
+
+
 @template_alone
 def test_stopped_and_killed_processes_resume(place, two_processes):
     """SIGTERM to one process, then SIGKILL during a save, then a run to the end."""
     output_dir = place.directory / "resumed"
 
     # SIGTERM to the second process alone stops both at the same step.
-    runs = start_cluster(place, "resumed", **eight_devices(place))
+    runs = start_cluster(place, "resumed", **eight_devices(place), change=wait_for_signal)
     wait_for(lambda: checkpoints(output_dir), *runs)
     runs[1].send_signal(signal.SIGTERM)
+    (place.directory / "sent").touch()
     for run in runs:
         run.wait()
         assert (run.returncode, run.lines) == (143, [])

@@ -1,4 +1,4 @@
-# make quickstart | test | test-oldest | lint | docs | fix-copies | clean
+# make quickstart | smoke | test | test-full | test-oldest | lint | docs | fix-copies | clean
 # From a fresh clone: Python 3.10 or newer and make suffice.
 
 PYTHON ?= python3
@@ -17,12 +17,20 @@ INSTALLED_ACCELERATORS := $(ACCELERATORS)/.installed
 INSTALLED_PYTORCH := $(PYTORCH)/.installed
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: help env quickstart test test-oldest test-accelerators accelerators pytorch lint format docs fix-copies clean
+# A file's tests share runs, so they stay in one process. tests/conftest.py sorts the files.
+PYTEST = -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# Of the slow sweeps, the tests marked full, a part: SLICE=2/5 is the second of five.
+SLICE ?=
+
+.PHONY: help env quickstart smoke test test-full test-oldest test-accelerators accelerators pytorch lint \
+	format docs fix-copies clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   train a small model on Python's documentation (3 minutes)"
-	@echo "make test         run the tests"
+	@echo "make smoke        run each script once, in a minute"
+	@echo "make test         run the tests, but for slow sweeps; with SLICE=2/5 also a fifth of those"
+	@echo "make test-full    run the slow sweeps; with SLICE=2/5 a fifth of them"
 	@echo "make test-oldest  run the tests marked smoke with the oldest supported packages"
 	@echo "make test-accelerators  compile the steps of all scripts for a TPU"
 	@echo "make accelerators make the environment of benchmarks/accelerators.py"
@@ -78,17 +86,24 @@ $(INSTALLED_PYTORCH): benchmarks/pytorch.txt
 quickstart: $(INSTALLED)
 	@$(VENV)/bin/python quickstart.py --directory $(QUICKSTART)
 
+smoke: $(INSTALLED_DEV)
+	$(VENV)/bin/python -m pytest -q --numprocesses=2 --dist=worksteal tests/smoke
+
 test: $(INSTALLED_DEV)
-	$(VENV)/bin/python -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile
+	$(VENV)/bin/python $(PYTEST) $(if $(SLICE),--slice=$(SLICE),-m "not full")
+
+test-full: $(INSTALLED_DEV)
+	$(VENV)/bin/python $(PYTEST) -m full $(if $(SLICE),--slice=$(SLICE))
 
 # Each set of versions goes on from checkpoints of the other one.
 test-oldest: $(INSTALLED_OLDEST) $(INSTALLED)
 	OTHER_PYTHON=$(abspath $(VENV)/bin/python) \
-		$(OLDEST)/bin/python -m pytest -q -m smoke --durations=10 --numprocesses=2 --dist=worksteal
+		$(OLDEST)/bin/python -m pytest -q --durations=10 --numprocesses=2 --dist=worksteal \
+		$(if $(SLICE),-m smoke --slice=$(SLICE),-m "smoke and not full")
 
 # The steps compile for a TPU that is not there.
 test-accelerators: $(INSTALLED_ACCELERATORS)
-	$(ACCELERATORS)/bin/python -m pytest -q --numprocesses=2 tests/test_accelerators.py
+	$(ACCELERATORS)/bin/python -m pytest -q --numprocesses=2 tests/project/test_accelerators.py
 
 # The environments of benchmarks/accelerators.py and benchmarks/pytorch.py.
 accelerators: $(INSTALLED_ACCELERATORS)

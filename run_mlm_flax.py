@@ -1521,7 +1521,7 @@ def embed_in_float32(next_function, args, kwargs, context):
     """Interceptor for `flax.linen.Embed`: round embeddings to the compute dtype after the lookup.
 
     Flax rounds the table first, so that the gradients of equal tokens are summed in bfloat16. That
-    is wrong by up to half of the gradient's norm (tests/test_embeddings.py).
+    is wrong by up to half of the gradient's norm (tests/objectives/test_embeddings.py).
     """
     module = context.module
     if type(module) is not nn.Embed or context.method_name != "__call__":

@@ -4,7 +4,7 @@
     python benchmarks/bart_collator.py [--repetitions 200] [--json FILE]
 
 Beside the collator stands a loop over rows and tokens, the reference implementation of
-tests/test_bart_objective.py. Rows are full blocks from documents of 400 tokens on average, with
+tests/bart_reference.py. Rows are full blocks from documents of 400 tokens on average, with
 sentences of 22 tokens on average. Each row has a generator, as in training.
 Figures are medians of CPU time.
 """
@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from test_bart_objective import denoise_row, make_rows
+from bart_reference import denoise_row, make_rows
 from training_scripts import word_tokenizer
 
 from run_bart_dlm_flax import FlaxDataCollatorForBartDenoisingLM, sequence_generators

@@ -92,7 +92,7 @@ def batch_by_rows(objective: str, collator, rows: list[list[int]], seed: int):
 
         array = np.array(rows, np.int32)
         return corrupt_by_rows(array, collator.num_noise, collator.num_spans, rng)
-    from test_bart_objective import denoise_row
+    from bart_reference import denoise_row
 
     noised = []
     for row in rows:

@@ -225,8 +225,8 @@ def measure(size: Size, seconds: float) -> dict:
     """Measure each step's median time and its ratios to the script's.
 
     Raises SystemExit if the first losses are far apart. This is a coarse check of the batches, for
-    the steps draw different dropout. tests/test_mlm_objective.py shows that loss and gradients are
-    equal.
+    the steps draw different dropout. tests/objectives/test_mlm_objective.py shows that loss and
+    gradients are equal.
     """
     batches, steps = make_steps(size)
     first_loss = {name: step(batches[0]) for name, step in steps.items()}

@@ -28,7 +28,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from test_faults import differing, outcome
+from outputs import differing, outcome
 from training_scripts import TEMPLATE, Place, checkpoints
 
 TRAINING = {

@@ -35,9 +35,9 @@ SEQ2SEQ = ("t5", "mt5", "longt5")
 def write_models(directory: str) -> None:
     """Write each family of each script with the script's own functions and random parameters."""
     import jax
+    from families import CASES, configure
     from flax.traverse_util import flatten_dict, unflatten_dict
     from safetensors.numpy import save_file
-    from test_families import CASES, configure
     from training_scripts import Place
 
     for script, family in CASES:

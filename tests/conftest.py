@@ -2,20 +2,49 @@
 
 Tests have eight virtual devices, no network, and caches that are deleted when the session ends. The
 fixtures make a small corpus, a tokenizer and a configuration.
+
+Beside this file are the modules that several tests import. The tests are in folders:
+
+- objectives: masking, losses and gradients of each script, its families of models; what is learned
+- data: files and streams, blocks, batches
+- training: schedules, optimizers, steps, exports, progress, several versions of the libraries
+- faults: bad input, kills, signals, damage, locks, odd names
+- hosts: several processes
+- hub: uploads, and the server that stands in for the Hub
+- docs: the README, its blocks and pictures, the quickstart
+- project: requirements, style, copies, benchmarks
+- smoke: one short run of each script
 """
 
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
 from training_scripts import SCRIPTS, Script
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST_FIRST = (
+    "test_faults.py",
+    "test_bad_input.py",
+    "test_readme.py",
+    "test_reliability.py",
+    "test_families.py",
+    "test_learning.py",
+    "test_mlm_objective.py",
+    "test_hosts.py",
+    "test_hub.py",
+    "test_stream.py",
+    "test_t5_objective.py",
+    "test_clm_objective.py",
+    "test_bart_objective.py",
+)
 # Tests import quickstart and the scripts.
 sys.path.insert(0, str(ROOT))
 
@@ -24,6 +53,8 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 assert "jax" not in sys.modules, (
     "jax was imported before tests/conftest.py, which sets its number of devices"
 )
+# A shell lets its background jobs ignore Ctrl-C, and so would the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # jax, transformers and datasets read these variables once, when they are imported. Scripts that
 # tests start inherit them.
 os.environ.update(
@@ -49,9 +80,35 @@ def is_wanted(item) -> bool:
     return True
 
 
-def pytest_collection_modifyitems(items):
-    """Leave out the tests that their `only_where` marks exclude."""
-    items[:] = [item for item in items if is_wanted(item)]
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slice",
+        metavar="K/N",
+        help="of the tests marked full, run only the K-th of N parts, and all other tests",
+    )
+
+
+def is_in_slice(item, wanted: str | None) -> bool:
+    """Whether a test is in the slice "K/N" of the tests marked full. All other tests are."""
+    if not wanted or not item.get_closest_marker("full"):
+        return True
+    number, count = map(int, wanted.split("/"))
+    # A checksum of the name, so that a new test does not move the others into other slices.
+    return zlib.crc32(item.nodeid.encode()) % count == number % count
+
+
+def place_in_order(item) -> int:
+    """The files that take longest come first, lest one of them runs alone at the end."""
+    name = item.path.name
+    return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests that their `only_where` marks, or --slice, exclude. Sort the files."""
+    wanted = config.getoption("--slice")
+    items[:] = [item for item in items if is_wanted(item) and is_in_slice(item, wanted)]
+    items.sort(key=place_in_order)
 
 
 @pytest.fixture(scope="module", params=SCRIPTS, ids=str)

@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,6 +99,8 @@ class Plan:
     where: str
     # Seconds.
     delay: float
+    # A function that ends the delay once it returns true.
+    until: Callable
     # 200 for a delay alone. None drops the connection.
     status: int | None
 
@@ -129,6 +132,10 @@ ROUTES = (
 )
 # Regular expressions for the upper-case words in the paths of the routes.
 FIELDS = {"REPO": r"[\w.-]+/[\w.-]+?", "REVISION": r"[^/]+", "PATH": r".+", "OID": r"[0-9a-f]{64}"}
+
+
+def never() -> bool:
+    return False
 
 
 def path_pattern(route: Route) -> str:
@@ -272,12 +279,15 @@ class HubServer:
             status: the HTTP status of the answer. None drops the connection without an answer.
         """
         with self._lock:
-            self._plans.append(Plan(n, where, 0, status))
+            self._plans.append(Plan(n, where, 0, never, status))
 
-    def delay_next(self, n, seconds, where="commit"):
-        """Delay the next `n` requests of a kind before they are processed."""
+    def delay_next(self, n, seconds, where="commit", until=never):
+        """Delay the next `n` requests of a kind before they are processed.
+
+        The delay ends early once `until()` is true.
+        """
         with self._lock:
-            self._plans.append(Plan(n, where, seconds, 200))
+            self._plans.append(Plan(n, where, seconds, until, 200))
 
     def request_log(self):
         """Return `METHOD path` of every request so far, without queries."""
@@ -328,7 +338,11 @@ class HubServer:
                 if plan.remaining < 1 or plan.where not in kinds:
                     continue
                 plan.remaining -= 1
-            if self._stopped.wait(plan.delay) or plan.status is None:
+            end = time.monotonic() + plan.delay
+            while time.monotonic() < end and not plan.until():
+                if self._stopped.wait(0.02):
+                    raise Dropped
+            if plan.status is None:
                 raise Dropped
             if plan.status != 200:
                 raise HubError(plan.status, SERVER_ERROR)

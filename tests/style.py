@@ -179,11 +179,11 @@ def check_banners(source: str) -> Iterator[Violation]:
             yield Violation(number, "comment that looks like a banner and is none")
 
 
-def check(path: Path) -> list[Violation]:
-    """Violations in a file; the folder that it is in and its name say which rules hold for it."""
+def check(path: Path, root: Path = ROOT) -> list[Violation]:
+    """Violations in a file of the project at `root`, which has its scripts at the top."""
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
-    is_script = path.parent.name not in ("tests", "benchmarks", "docs")
+    is_script = path.parent == root
     limit = SCRIPT_NODES_PER_LINE if is_script else OTHER_NODES_PER_LINE
     found = [
         *check_density(source, tree, limit),
@@ -203,8 +203,8 @@ def check(path: Path) -> list[Violation]:
 
 def project_files() -> list[Path]:
     """All Python files of the project: the scripts, then tests and benchmarks."""
-    folders = (ROOT, ROOT / "tests", ROOT / "benchmarks", ROOT / "docs")
-    return [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    patterns = ("*.py", "tests/**/*.py", "benchmarks/*.py", "docs/*.py")
+    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
 def main() -> int:

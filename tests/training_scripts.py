@@ -27,7 +27,7 @@ import tempfile
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -267,8 +267,19 @@ STREAM = replace(
     TEMPLATE, name="run_mlm_flax_stream.py", flags=("--num_eval_samples=16",), is_stream=True
 )
 SCRIPTS.append(STREAM)
+T5 = next(script for script in SCRIPTS if script.model_type == "t5")
 # Marks tests of code that is word for word the same in all scripts, which test_copies.py verifies.
 template_alone = pytest.mark.only_where.with_args(lambda script, **others: script is TEMPLATE)
+other_scripts = pytest.mark.only_where.with_args(lambda script, **others: script is not TEMPLATE)
+
+
+def full_but(cases: Iterable, *kept) -> list:
+    """Parameters of a test. `make test` runs those that are kept, `make test-full` all of them."""
+    found = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        found.append(pytest.param(*values, marks=() if case in kept else pytest.mark.full))
+    return found
 
 
 class Place:
@@ -349,6 +360,19 @@ def checkpoints(output_dir: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
+def wait_for(condition: Callable, *runs, seconds: float = 300):
+    """Wait until `condition()` is true, which it must be before one of `runs` has ended.
+
+    The limit is far longer than it takes, also on a machine that does much else.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        has_ended = any(run.poll() is not None for run in runs)
+        assert condition() or not has_ended, [run.stderr for run in runs]
+        assert time.monotonic() < end, [run.stderr for run in runs]
+        time.sleep(0.005)
+
+
 def snapshot(directory: Path) -> dict:
     """Return the size and modification time of a folder and of everything in it, by path."""
     paths = [directory, *directory.rglob("*")]
@@ -390,7 +414,7 @@ class Run:
             self.returncode = self.server.ask(poll=self.pid)
         return self.returncode
 
-    def wait(self, timeout: float = 120) -> "Run":
+    def wait(self, timeout: float = 300) -> "Run":
         """Wait until the child ends. After `timeout` seconds, kill it and raise AssertionError."""
         end = time.monotonic() + timeout
         while self.poll() is None:

@@ -125,7 +125,7 @@ def test_show_progress_is_obeyed(show, corpus):
         f"tokenizer.train([sys.argv[1]], vocab_size={SIZE}, show_progress={show})\n"
     )
     command = [sys.executable, "-c", code, str(corpus / "validation.txt")]
-    assert bool(run_at_terminal(command, cwd=Path(__file__).parents[1])) == show
+    assert bool(run_at_terminal(command, cwd=Path(__file__).parents[2])) == show
 
 
 def check_t5(loaded, size: int) -> list[int]:

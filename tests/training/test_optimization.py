@@ -1,10 +1,8 @@
 """Schedules, optimizers and training step of run_mlm_flax.py against formulas and plain loops."""
 
 import math
-import sys
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import BartConfig, BertConfig, FlaxAutoModelForMaskedLM, RobertaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_mlm_flax as mlm
 
 DEFAULTS = {

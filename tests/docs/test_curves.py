@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from training_scripts import SCRIPTS, Place
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 NAMES = ("train_loss", "eval_loss", "eval_accuracy")
 

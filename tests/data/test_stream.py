@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 import signal
-import sys
 from pathlib import Path
 
 import jax
@@ -19,10 +18,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_hosts import finish_cluster, losses, start_cluster
+from clusters import EIGHT_DEVICES, finish_cluster, start_cluster
+from outputs import losses
 from training_scripts import SCRIPTS, Place, checkpoints, word_tokenizer, write_text
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import run_mlm_flax as mlm
 import run_mlm_flax_stream as stream
 
@@ -585,14 +584,13 @@ def test_two_processes(place):
         **TRAINING,
         "dataset_name": "folder",
         "num_train_steps": 12,
-        "max_steps": -1,
-        "eval_steps": None,
-        "devices": 1,
     }
     of_one_process = {**flags, **SAME_BATCH, "devices": 2}
-    whole = finish_cluster(place, "two", **flags)
+    of_two_processes = {**flags, **EIGHT_DEVICES, "devices": 1}
+    whole = finish_cluster(place, "two", **of_two_processes)
     first = {"kill_at": [r"^rename .*/checkpoints/9$"]}
-    runs = start_cluster(place, "two_killed", first=first.items(), **flags, do_train=True)
+    of_two_processes["do_train"] = True
+    runs = start_cluster(place, "two_killed", first=first, **of_two_processes)
     runs[0].wait()
     runs[1].kill()
     killed = place.directory / "two_killed"
@@ -601,7 +599,7 @@ def test_two_processes(place):
     assert run.returncode == 1
     (line,) = run.lines
     assert "number of processes is 2, here 1" in line
-    assert finish_cluster(place, "two_killed", **flags, do_train=True) == killed
+    assert finish_cluster(place, "two_killed", **of_two_processes) == killed
     check_same(killed, whole, EXPORTED[:2])
     assert losses(killed)[12] == losses(whole)[12]
 

@@ -21,10 +21,13 @@ from safetensors.numpy import load_file
 from training_scripts import (
     LENGTH,
     NUM_WORDS,
+    SCRIPTS,
+    T5,
     TEMPLATE,
     Place,
     Script,
     child_environment,
+    full_but,
     snapshot,
     template_alone,
     word_tokenizer,
@@ -616,6 +619,7 @@ def test_a_file_of_settings_equals_flags(place):
     assert flax_model(place, "from_settings") != flax_model(place, "present")
 
 
+@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE, T5), ids=str, indirect=True)
 def test_a_larger_tokenizer_gets_a_larger_table(place):
     run = place.run("enlarged", tokenizer_name="larger", max_steps=1, do_train=True)
     assert run.returncode == 0, run.stderr
@@ -633,6 +637,7 @@ def test_a_larger_tokenizer_gets_a_larger_table(place):
 
 
 @template_alone
+@pytest.mark.full
 def test_quoted_values_through_a_shell(place):
     argv = [sys.executable, str(place.script.path), *place.flags("quoted", do_train=True)]
     command = shlex.join(argv)

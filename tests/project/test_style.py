@@ -20,9 +20,9 @@ def check(tmp_path):
 
     def run(name: str, source: str) -> list[style.Violation]:
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
-        return style.check(path)
+        return style.check(path, tmp_path)
 
     return run
 
@@ -90,7 +90,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("name", ["run_bert_flax.py", "tests/test_x.py", "benchmarks/x.py"])
+@pytest.mark.parametrize("name", ["run_bert_flax.py", "tests/x/test_x.py", "benchmarks/x.py"])
 @pytest.mark.parametrize(("source", "message"), PLANTED.values(), ids=PLANTED)
 def test_planted_violation_is_found(check, name, source, message):
     # Lines without any node keep the density of these short sources out of this.
@@ -172,7 +172,7 @@ def test_trailing_comments(check, source, count):
     found = check("run_bert_flax.py", source)
     assert len(found) == count
     assert all("trailing comment of 7 words" in violation.message for violation in found)
-    assert check("tests/test_x.py", source) == []
+    assert check("tests/x/test_x.py", source) == []
     assert check("benchmarks/x.py", source) == []
 
 

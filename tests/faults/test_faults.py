@@ -1,8 +1,8 @@
 """After a kill, a signal, damage or a full disk, every training script resumes to the same weights.
 
-All tests run for the template, whose programs are optimized as they are for users. For the other
-scripts a few are enough: their code for faults is word for word the same, and these tests show that
-they call it in the same way.
+All tests run for the template, whose programs are optimized as they are for users. For each other
+script one is enough: its code for faults is word for word the same, and a run that is killed,
+stopped and resumed shows that it calls it in the same way.
 """
 
 import json
@@ -19,14 +19,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from outputs import bits, check_whole, differing, logged_steps, outcome, state_of
 from training_scripts import (
     TEMPLATE,
     Place,
     checkpoints,
     child_environment,
+    full_but,
+    other_scripts,
     snapshot,
     template_alone,
+    wait_for,
 )
 
 STEPS = 30
@@ -39,48 +42,11 @@ TRAINING = {
     "logging_steps": 1,
     "eval_steps": 20,
 }
-EXPORTED = ("config.json", "flax_model.msgpack", "model.safetensors", "tokenizer.json")
 
 
 # ---------------------------------------------------------------------------------------
 # Readers
 # ---------------------------------------------------------------------------------------
-
-
-def state_of(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Return all leaves of a checkpoint by name, read without the script's code."""
-    return load_file(checkpoint / "state.safetensors")
-
-
-def bits(state: dict[str, np.ndarray]) -> dict:
-    """Return shape, dtype and bytes of each array, for a comparison bit by bit."""
-    return {name: (value.shape, str(value.dtype), value.tobytes()) for name, value in state.items()}
-
-
-def outcome(output_dir: Path) -> dict:
-    """Return all results that must not depend on when a run was interrupted."""
-    files = {name: (output_dir / name).read_bytes() for name in (*EXPORTED, "eval_results.json")}
-    step = checkpoints(output_dir)[-1]
-    state = state_of(output_dir / "checkpoints" / str(step))
-    return {**files, "checkpoint": step, **bits(state)}
-
-
-def differing(a: dict, b: dict) -> list[str]:
-    """Return the names of the entries that are not the same in both."""
-    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
-
-
-def logged_steps(output_dir: Path) -> list[int]:
-    """Return the steps that have a train_loss in TensorBoard, in the order of writing."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    steps = []
-    paths = output_dir.glob("events.out.tfevents.*")
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
-        events = EventAccumulator(str(path), size_guidance={"tensors": 0}).Reload()
-        if "train_loss" in events.Tags()["tensors"]:
-            steps += [event.step for event in events.Tensors("train_loss")]
-    return steps
 
 
 def rewind(output_dir: Path, step: int):
@@ -90,45 +56,6 @@ def rewind(output_dir: Path, step: int):
             shutil.rmtree(output_dir / "checkpoints" / str(later))
     for name in ("train", "eval", "all"):
         (output_dir / f"{name}_results.json").unlink()
-
-
-def check_whole_file(path: Path):
-    """Check that a file of an output directory is complete if its name is that of a result."""
-    from flax import serialization
-    from safetensors.numpy import load_file
-
-    if path.name.startswith((".tmp", "events.out.tfevents.")) or path.suffix == ".tmp":
-        return
-    if path.suffix == ".json":
-        assert json.loads(path.read_text()), path
-    elif path.suffix == ".safetensors":
-        assert all(np.isfinite(value).all() for value in load_file(path).values())
-    elif path.suffix == ".msgpack":
-        assert serialization.msgpack_restore(path.read_bytes())
-    else:
-        names = (
-            ".lock",
-            "SHA256SUMS",
-            "checkpoints",
-            "vocab.txt",
-            "vocab.json",
-            "merges.txt",
-            "spiece.model",
-        )
-        assert path.name in names, path
-
-
-def check_whole(output_dir: Path):
-    """Check that all files with the name of a result, and the last checkpoint, are complete."""
-    if not output_dir.exists():
-        return
-    for path in output_dir.iterdir():
-        check_whole_file(path)
-    for path in (output_dir / "checkpoints").glob("*"):
-        assert path.name.isdigit() or "tmp" in path.name, path
-    steps = checkpoints(output_dir)
-    if steps:
-        state_of(output_dir / "checkpoints" / str(steps[-1]))
 
 
 # ---------------------------------------------------------------------------------------
@@ -202,12 +129,13 @@ def test_both_exports_have_the_weights_of_the_last_checkpoint(undisturbed, expec
 # Kills
 # ---------------------------------------------------------------------------------------
 
+LOG = r"^open .*/events\.out\.tfevents"
 CHECKPOINT_IS_SAVED = r"^rename .*/checkpoints/\d+$"
 # The moments at which a run kills itself, as in `kill_at` of `ForkServer.start`.
 KILLS = {
     "before the folder of checkpoints": [r"^mkdir .*/checkpoints$"],
-    "before the first log": [r"^open .*/events\.out\.tfevents"],
-    "in the first checkpoint": [r"^(open|rename) .*/checkpoints/3\b.*tmp"],
+    "before the first log": [LOG],
+    "in the first checkpoint": [r"^open .*/checkpoints/3\b[^/]*/run\.json$"],
     "before a checkpoint gets its name": [CHECKPOINT_IS_SAVED],
     "between checkpoint and export": [CHECKPOINT_IS_SAVED, r"^rename .*/flax_model\.msgpack$"],
     "in the export": [CHECKPOINT_IS_SAVED, r"^rename .*/model\.safetensors$"],
@@ -218,13 +146,9 @@ KILLS = {
 }
 
 
-def wait_for(condition, run, seconds: float = 60):
-    """Wait until `condition()` is true. The run must not end before."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert run.poll() is None, run.stderr
-        assert time.monotonic() < end
-        time.sleep(0.001)
+def has_loaded(process: subprocess.Popen, library: str) -> bool:
+    """Whether a process has loaded a file with this name in its path."""
+    return library in Path(f"/proc/{process.pid}/maps").read_text()
 
 
 @template_alone
@@ -232,7 +156,7 @@ def test_killed_while_importing(place, output_dir):
     """A forked child cannot be killed at this moment, so this is another process."""
     command = [sys.executable, str(place.script.path), *place.flags(output_dir, **TRAINING)]
     process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.DEVNULL)
-    time.sleep(random.Random(0).uniform(0.1, 1))
+    wait_for(lambda: has_loaded(process, "jaxlib"))
     process.kill()
     process.wait()
     check_whole(output_dir)
@@ -250,35 +174,27 @@ def kill_after(place: Place, output_dir: Path, seconds: float, wait_for_save: bo
         wait_for(has_saved, run)
     time.sleep(seconds)
     run.kill()
-    assert run.returncode == 137, run.stderr
+    # On a slow machine the run may have reached its end.
+    assert run.returncode in (0, 137), run.stderr
     check_whole(output_dir)
 
 
-def test_killed_again_and_again(place, undisturbed, expected, output_dir):
-    rng = random.Random(f"kills of {place.script}")
-    is_template = place.script is TEMPLATE
-    # While data is read, weights are initialized or programs are compiled.
-    for _ in range(2 if is_template else 1):
-        kill_after(place, output_dir, rng.uniform(0, 1), wait_for_save=False)
+def kill_itself_at(place: Place, output_dir: Path, moment: str):
+    """Run until the moment at which the run kills itself. It loses no checkpoint."""
+    before = checkpoints(output_dir)
+    run = place.run(output_dir, **TRAINING, kill_at=KILLS[moment])
+    assert (moment, run.returncode, run.lines) == (moment, 137, [])
+    check_whole(output_dir)
+    assert checkpoints(output_dir)[-1:] >= before[-1:]
 
-    moments = KILLS if is_template else ["between checkpoint and export"]
-    for moment in moments:
-        before = checkpoints(output_dir)
-        run = place.run(output_dir, **TRAINING, kill_at=KILLS[moment])
-        assert (moment, run.returncode, run.lines) == (moment, 137, [])
-        check_whole(output_dir)
-        assert checkpoints(output_dir)[-1:] >= before[-1:]
 
-        # At any moment between two saves.
-        if moment in ("in the first checkpoint", "between checkpoint and export"):
-            kill_after(place, output_dir, rng.uniform(0, 0.15), wait_for_save=True)
-
+def check_resumed(place: Place, output_dir: Path, undisturbed: Path, expected: dict):
+    """Run to the end. The result is that of an undisturbed run, and nothing temporary is left."""
     run = place.run(output_dir, **TRAINING)
     assert (run.returncode, run.lines) == (0, [])
     check_whole(output_dir)
     assert differing(outcome(output_dir), expected) == []
     assert checkpoints(output_dir) == checkpoints(undisturbed)
-    # Nothing temporary is left.
     names = os.listdir(output_dir / "checkpoints")
     assert sorted(names) == sorted(map(str, checkpoints(output_dir)))
     found, wanted = (
@@ -289,8 +205,47 @@ def test_killed_again_and_again(place, undisturbed, expected, output_dir):
 
 
 @template_alone
+def test_killed_while_it_saves(place, undisturbed, expected, output_dir):
+    for moment in ("in the first checkpoint", "before a checkpoint gets its name", "in the export"):
+        kill_itself_at(place, output_dir, moment)
+    check_resumed(place, output_dir, undisturbed, expected)
+
+
+@template_alone
+@pytest.mark.full
+def test_killed_again_and_again(place, undisturbed, expected, output_dir):
+    rng = random.Random(0)
+    # While data is read, weights are initialized or programs are compiled.
+    for _ in range(2):
+        kill_after(place, output_dir, rng.uniform(0, 1), wait_for_save=False)
+    for moment in KILLS:
+        kill_itself_at(place, output_dir, moment)
+        # At any moment between two saves.
+        if moment in ("in the first checkpoint", "between checkpoint and export"):
+            kill_after(place, output_dir, rng.uniform(0, 0.15), wait_for_save=True)
+    check_resumed(place, output_dir, undisturbed, expected)
+
+
+@other_scripts
+def test_killed_and_stopped(place, undisturbed, expected, output_dir):
+    kill_itself_at(place, output_dir, "between checkpoint and export")
+    killed = checkpoints(output_dir)
+    stop = {"kill_at": [LOG] * 6, "kill_with": signal.SIGTERM}
+    run = place.run(output_dir, **TRAINING, **stop)
+    assert (run.returncode, run.lines) == (143, [])
+    assert killed[-1:] < checkpoints(output_dir)[-1:] < [STEPS]
+    assert checkpoints(output_dir)[-1] == logged_steps(output_dir)[-1]
+    check_resumed(place, output_dir, undisturbed, expected)
+
+
+@template_alone
 @pytest.mark.parametrize(
-    "result", ["flax_model.msgpack", "train_results.json", "eval_results.json"]
+    "result",
+    full_but(
+        ["flax_model.msgpack", "train_results.json", "eval_results.json"],
+        "flax_model.msgpack",
+        "eval_results.json",
+    ),
 )
 def test_killed_after_the_last_checkpoint(place, expected, copied, result):
     """All steps are trained then, but the results of the last one are not written yet."""
@@ -309,6 +264,7 @@ def test_killed_after_the_last_checkpoint(place, expected, copied, result):
 
 
 @template_alone
+@pytest.mark.full
 def test_the_comparison_can_fail(place, expected, output_dir):
     place.run(output_dir, **TRAINING, seed=43)
     differences = differing(outcome(output_dir), expected)
@@ -329,7 +285,6 @@ class Stop(NamedTuple):
     has_trained: bool
 
 
-LOG = r"^open .*/events\.out\.tfevents"
 STOPS = (
     Stop("data", signal.SIGTERM, [r"^(open|mkdir) .*/datasets"], has_trained=False),
     Stop("data", signal.SIGINT, [r"^(open|mkdir) .*/datasets"], has_trained=False),
@@ -340,11 +295,11 @@ STOPS = (
 )
 
 
+@template_alone
 def test_stopped_by_sigterm_and_ctrl_c(place, expected, output_dir):
     save_steps = 9
     flags = {**TRAINING, "save_steps": save_steps}
-    stops = STOPS if place.script is TEMPLATE else STOPS[-2:]
-    for stop in stops:
+    for stop in STOPS:
         before = checkpoints(output_dir)
         run = place.run(output_dir, **flags, kill_at=stop.kill_at, kill_with=stop.number)
         assert (stop.moment, run.returncode, run.lines) == (stop.moment, 128 + stop.number, [])
@@ -375,13 +330,17 @@ def test_stopped_by_sigterm_and_ctrl_c(place, expected, output_dir):
 def test_stopped_while_importing(place, output_dir):
     """Neither SIGTERM nor Ctrl-C shows a traceback."""
     command = [sys.executable, str(place.script.path), *place.flags(output_dir, **TRAINING)]
-    for seconds, number in ((0.3, signal.SIGTERM), (1, signal.SIGTERM), (0.6, signal.SIGINT)):
+    for library, number in (
+        ("numpy", signal.SIGTERM),
+        ("jaxlib", signal.SIGTERM),
+        ("numpy", signal.SIGINT),
+    ):
         process = subprocess.Popen(
             command, env=child_environment(), stderr=subprocess.PIPE, text=True
         )
-        time.sleep(seconds)
+        wait_for(lambda process=process, library=library: has_loaded(process, library))
         process.send_signal(number)
-        stderr = process.communicate(timeout=60)[1]
+        stderr = process.communicate(timeout=300)[1]
         # A shell shows the latter as 128 + the number.
         assert process.returncode in (128 + number, -number)
         assert stderr == ""
@@ -430,14 +389,14 @@ def test_damaged_checkpoints_are_skipped(place, expected, copied):
 
 
 @template_alone
-@pytest.mark.parametrize("how", ["truncated", "emptied"])
+@pytest.mark.parametrize("how", full_but(["truncated", "emptied"], "truncated"))
 def test_a_damaged_newest_checkpoint(place, expected, copied, how):
     """In a process of its own, which might print more when it ends than a forked child does."""
     damage(copied / "checkpoints" / str(STEPS), how)
     command = [sys.executable, str(place.script.path), *place.flags(copied, **TRAINING)]
     env = child_environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     process = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=120, check=False
+        command, env=env, capture_output=True, text=True, timeout=600, check=False
     )
     assert process.returncode == 0, process.stderr
     (warning,) = [line for line in process.stderr.splitlines() if " INFO " not in line]
@@ -556,21 +515,18 @@ def test_overwrite_output_dir_by_a_run_that_resumes_from_another(place, undistur
         ({"adafactor": True}, "optimizer"),
         ({"per_device_train_batch_size": 2}, "batch"),
         ({"gradient_accumulation_steps": 2}, "batch"),
+        ({"config_name": "wider"}, "hidden_size"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
 )
 def test_a_checkpoint_that_does_not_fit(place, copied, changes, named):
+    place.script.write_model(place.directory / "wider", hidden_size=32)
     before = snapshot(copied)
     run = place.run(copied, **{**TRAINING, **changes})
     assert run.returncode == 1
     (line,) = run.lines
     assert named in line
     assert snapshot(copied) == before
-
-
-def test_a_checkpoint_of_another_model(place, copied):
-    place.script.write_model(place.directory / "wider", **{place.script.width: 32})
-    test_a_checkpoint_that_does_not_fit(place, copied, {"config_name": "wider"}, place.script.width)
 
 
 @template_alone
@@ -601,8 +557,9 @@ def test_overwrite_output_dir(place, copied):
 # ---------------------------------------------------------------------------------------
 
 
+@template_alone
 def test_a_loss_that_is_not_finite(place, output_dir):
-    for logging_steps in (1, 7) if place.script is TEMPLATE else (1,):
+    for logging_steps in (1, 7):
         flags = {
             **TRAINING,
             "logging_steps": logging_steps,
@@ -646,7 +603,7 @@ def check_failed_save(run, output_dir: Path, first: int):
 
 
 @template_alone
-@pytest.mark.parametrize("free", [0, 4096, 8192, 100_000])
+@pytest.mark.parametrize("free", full_but([0, 4096, 8192, 100_000], 4096, 100_000))
 def test_full_disk(place, undisturbed, expected, small_disk, free):
     """`free` is the number of bytes that are free when the run starts."""
     output_dir = small_disk / "output"

@@ -9,59 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_clm_objective
-import test_mlm_objective
-import test_t5_objective
+from families import CASES, FAMILIES, configure
 from flax.traverse_util import flatten_dict
+from outputs import losses
 from safetensors.numpy import save_file
-from test_hosts import losses
-from training_scripts import SCRIPTS, Place, tiny_model
+from training_scripts import SCRIPTS, Place, full_but
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 STEPS = 24
-# {script: {family: settings of its tiny config}}. A family has the name of its configuration in
-# Transformers, which a comma and a variant may follow.
-FAMILIES = {
-    "run_mlm_flax.py": test_mlm_objective.FAMILIES,
-    "run_mlm_flax_stream.py": test_mlm_objective.FAMILIES,
-    "run_clm_flax.py": {
-        **test_clm_objective.FAMILIES,
-        "gpt-sw3": test_clm_objective.FAMILIES["gpt2"],
-    },
-    "run_t5_mlm_flax.py": test_t5_objective.FAMILIES,
-    "run_bart_dlm_flax.py": dict.fromkeys(("bart", "mbart"), test_mlm_objective.SEQ2SEQ),
-}
-CASES = [(script, family) for script in SCRIPTS for family in FAMILIES[script.name]]
-# The last column of the table in docs/models.md.
-NOTES = {
-    "bloom": "`n_head` must be a power of two",
-    "gemma": "`rope_theta` 10000, no `rope_scaling`",
-    "gptj": "`rotary_dim` must be even, and at most the size of a head; no `tie_word_embeddings`",
-    "llama": "as `gemma`; no `tie_word_embeddings`, `mlp_bias`; "
-    "`head_dim` is `hidden_size / num_attention_heads`",
-    "mistral": "as `llama`; sequences no longer than `sliding_window`",
-    "roformer": "gets an `embedding_size` of `hidden_size`",
-    "bert": "causal: gets `is_decoder`, as all encoders do",
-    "big_bird": "causal, with `--line_by_line`, up to 11 blocks or no multiple of a block: "
-    "gets full attention",
-    "gpt-sw3": "its configuration is GPT-2's",
-    "mbart": "denoising: the objective of BART, without language codes",
-}
 
 
+# One family of each script but the streaming one, whose models are those of the template.
+OWN = [(script, script.model_type) for script in SCRIPTS if not script.is_stream]
 # Names of the parameters of a language modeling head start with one of these.
 HEAD = r"(lm_head|cls|generator|predictions|vocab|mlm)"
-
-
-def configure(place: Place, family: str):
-    """Write the configuration of a tiny model with the family's default dropout and attention."""
-    settings = FAMILIES[place.script.name][family]
-    settings = {name: value for name, value in settings.items() if "drop" not in name}
-    # BigBird's sparse attention needs longer texts.
-    settings.pop("attention_type", None)
-    write_model = tiny_model(family.partition(",")[0], place.script.num_sentinels, **settings)
-    write_model(place.model)
 
 
 def mean_loss(losses_by_step: dict[int, float], steps: range) -> float:
@@ -69,6 +31,7 @@ def mean_loss(losses_by_step: dict[int, float], steps: range) -> float:
 
 
 @pytest.mark.smoke
+@pytest.mark.full
 @pytest.mark.parametrize(("script", "family"), CASES, ids=str)
 def test_family(tmp_path, script, family):
     """The model learns without warnings, and both exports evaluate as the run itself did."""
@@ -114,7 +77,7 @@ def test_family(tmp_path, script, family):
 
 
 @pytest.mark.parametrize(
-    ("script", "family"), [case for case in CASES if not case[0].is_stream], ids=str
+    ("script", "family"), full_but((case for case in CASES if not case[0].is_stream), *OWN), ids=str
 )
 def test_a_pytorch_file_without_some_weights(tmp_path, caplog, script, family):
     """A warning names the missing weights, and the others are loaded.
@@ -201,33 +164,6 @@ def test_sizes_that_do_not_fit_together(tmp_path, family, settings, words):
 # ---------------------------------------------------------------------------------------
 # Documentation
 # ---------------------------------------------------------------------------------------
-
-# {column of the table: scripts}
-COLUMNS = {
-    "masked": ("run_mlm_flax.py", "run_mlm_flax_stream.py"),
-    "causal": ("run_clm_flax.py",),
-    "span-masked": ("run_t5_mlm_flax.py",),
-    "denoising": ("run_bart_dlm_flax.py",),
-}
-
-
-def table() -> str:
-    """Return the table of families in Markdown, for docs/generate.py.
-
-    Those that it marks are tested by `test_family`.
-    """
-    tested = {}
-    for column, scripts in COLUMNS.items():
-        names = [family for script in scripts for family in FAMILIES[script]]
-        tested[column] = {name.partition(",")[0] for name in names}
-    lines = [
-        f"| `--model_type` | {' | '.join(COLUMNS)} | |",
-        "|---|" + ":---:|" * len(COLUMNS) + "---|",
-    ]
-    for family in sorted(set().union(*tested.values())):
-        marks = ["✓" if family in families else "" for families in tested.values()]
-        lines.append(f"| `{family}` | {' | '.join(marks)} | {NOTES.get(family, '')} |")
-    return "\n".join(lines)
 
 
 def test_every_family_of_transformers_is_in_the_table():

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from training_scripts import full_but
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # a dependency of pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(ROOT.glob("run_*.py"))
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 # The block of inline script metadata of PEP 723.
@@ -165,7 +166,9 @@ def shown_groups(text: str) -> dict[str, list[str]]:
     return {title: re.findall(r"(?m)^  (--\w+)", part) for title, part in groups}
 
 
-@each_script
+@pytest.mark.parametrize(
+    "script", full_but(SCRIPTS, ROOT / "run_mlm_flax.py", ROOT / "run_bert_flax.py"), ids=str
+)
 def test_help_is_readable(script, run_script):
     """In 80 columns, each flag once and in its group, and no output of any library."""
     variables = {"COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": None}

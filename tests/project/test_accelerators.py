@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import accelerators
 import harness
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_scripts import Place, checkpoints, child_environment
+from training_scripts import SCRIPTS, TEMPLATE, Place, checkpoints, child_environment, full_but
 
 OTHER = os.environ.get("OTHER_PYTHON")
 STEPS = {"max_steps": 8, "save_steps": 4, "logging_steps": 1}
@@ -35,6 +35,7 @@ def results(output_dir: Path) -> dict:
     return json.loads((output_dir / "all_results.json").read_text())
 
 
+@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE), ids=str, indirect=True)
 @pytest.mark.parametrize("other_first", [False, True])
 def test_checkpoints_and_weights_of_another_set(tmp_path, script, other_first):
     """A run that is resumed at step 4 ends as the undisturbed run did, up to rounding.

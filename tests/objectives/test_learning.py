@@ -14,6 +14,7 @@ import pytest
 import quickstart
 import t5_tokenizer_model
 
+pytestmark = pytest.mark.full
 LENGTH = 64
 FLAGS = {
     "overwrite_output_dir": True,

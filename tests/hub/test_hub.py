@@ -5,7 +5,6 @@ the template.
 """
 
 import re
-import time
 from importlib import import_module
 from unittest import mock
 
@@ -14,9 +13,9 @@ import requests
 from flax import serialization
 from flax.traverse_util import flatten_dict
 from hub_server import HubServer
+from outputs import losses
 from safetensors import numpy as safetensors
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from training_scripts import template_alone, write_text
+from training_scripts import SCRIPTS, TEMPLATE, checkpoints, full_but, template_alone, write_text
 
 TOKEN = "hf_tokenThatMustNotLeak"
 STEPS = 9
@@ -80,7 +79,7 @@ def train(run_script, script, start, tmp_path):
             "--logging_steps=1",
             *flags,
         ]
-        process = run_script(command, env, timeout=300)
+        process = run_script(command, env)
         assert "Traceback" not in process.stderr + process.stdout, process.stderr
         check_no_token(tmp_path, TOKEN, process.stdout, process.stderr)
         return process
@@ -148,40 +147,34 @@ def warnings(process):
     return [line for line in process.stderr.splitlines() if "WARN" in line.upper()]
 
 
-def logged_times(output_dir):
-    """Return {step: wall time at which its loss was written}."""
-    times = {}
-    for path in output_dir.glob("events.out.tfevents.*"):
-        for event in EventFileLoader(str(path)).Load():
-            if any(value.tag == "train_loss" for value in event.summary.value):
-                times[event.step] = event.wall_time
-    return times
-
-
+@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE), ids=str, indirect=True)
 def test_uploads_in_the_background_and_everything_at_the_end(hub, train, tmp_path):
     """While the first upload is delayed, training continues and saves again.
 
     Each commit must still have the weights of one step.
     """
+    output_dir = tmp_path / "my-model"
+    seen = []
+
+    def has_trained():
+        seen.extend(step for step in checkpoints(output_dir) if step == STEPS)
+        return bool(seen)
+
     # At the first LFS request, the client has hashed the files but not yet read them for the
     # upload.
-    delay = 5
-    hub.delay_next(1, delay, where="lfs")
+    hub.delay_next(1, 300, where="lfs", until=has_trained)
     process = train(hub.url, f"--hub_token={TOKEN}")
     assert process.returncode == 0, process.stderr
+    assert seen
     assert all("is not uploaded" in line for line in warnings(process))
     assert set(hub.repos) == {"user/my-model"}
     check_requests(hub)
-    check_complete(hub.repos["user/my-model"], tmp_path / "my-model")
+    check_complete(hub.repos["user/my-model"], output_dir)
 
     assert len(hub.commits) >= 2
     weights = [check_whole(commit.files) for commit in hub.commits]
     assert (weights[0] != weights[-1]).any()
-    batches = [request for request in hub.requests if request.path.endswith("/objects/batch")]
-    times = logged_times(tmp_path / "my-model")
-    assert sorted(times) == list(range(1, STEPS + 1))
-    step_after_second_save = 2 * STEPS // 3 + 1
-    assert times[step_after_second_save] < batches[0].time + delay
+    assert sorted(losses(output_dir)) == list(range(1, STEPS + 1))
 
 
 @template_alone
@@ -228,9 +221,12 @@ def test_a_failed_last_upload_is_an_error_that_keeps_the_files(hub, train, scrip
 
 
 @template_alone
-@pytest.mark.parametrize("trouble", ["wrong token", "read token", "no token", "no network"])
+@pytest.mark.parametrize(
+    "trouble",
+    full_but(["wrong token", "read token", "no token", "no network"], "wrong token", "no network"),
+)
 def test_a_model_that_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_path, trouble):
-    """The error is one line within seconds, and the output directory of an earlier run is kept."""
+    """The error is one line before any training. The output directory of an earlier run is kept."""
     output_dir = tmp_path / "my-model"
     for name in ("config.json", "checkpoints/7/state"):
         path = output_dir / name
@@ -245,9 +241,7 @@ def test_a_model_that_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_
     elif trouble == "no network":
         hub.stop()
     flags = [] if trouble == "no token" else [f"--hub_token={TOKEN}"]
-    started = time.monotonic()
     process = train(hub.url, "--overwrite_output_dir", "--hub_model_id=user/my-model", *flags)
-    assert time.monotonic() - started < 30
     assert process.returncode == 1
     assert len(process.stderr.splitlines()) == 1, process.stderr
     assert process.stderr.startswith(f"{script}: error: --push_to_hub: ")
@@ -261,9 +255,9 @@ def test_a_model_that_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_
 
 @pytest.fixture
 def impatient(script, tmp_path):
-    """A copy of the script that waits 2 seconds for an answer."""
+    """A copy of the script that waits 6 seconds for an answer."""
     source = script.path.read_text("utf-8")
-    source, count = re.subn(r"(?m)^HUB_SECONDS = .*$", "HUB_SECONDS = 2", source)
+    source, count = re.subn(r"(?m)^HUB_SECONDS = .*$", "HUB_SECONDS = 6", source)
     assert count == 1
     path = tmp_path / script.name
     path.write_text(source, "utf-8")
@@ -273,9 +267,7 @@ def impatient(script, tmp_path):
 @template_alone
 def test_a_hub_that_never_answers_ends_the_run_before_training(hub, train, script, impatient):
     hub.delay_next(1000, 1000, where="any")
-    started = time.monotonic()
     process = train(hub.url, f"--hub_token={TOKEN}", path=impatient)
-    assert time.monotonic() - started < 30
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
     assert line.startswith(f"{script}: error: --push_to_hub: ")

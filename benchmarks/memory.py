@@ -100,7 +100,7 @@ FLAGS = [
     "--weight_decay=0.01",
     "--warmup_steps=100",
 ]
-TOTALS = ("loss", "predicted", "tokens", "grad_norm", "learning_rate")
+OTHER_TOTALS = ("tokens", "grad_norm", "learning_rate")
 
 
 def make_loss_fn(script, objective: str, args, model):
@@ -160,7 +160,8 @@ def planned_memory(
     for name, array_length in array_lengths(script, objective, args, length).items():
         shape = (1, args.gradient_accumulation_steps, rows, array_length)
         batch[name] = jax.ShapeDtypeStruct(shape, jnp.int32)
-    totals = {name: jax.ShapeDtypeStruct((1,), jnp.float32) for name in TOTALS}
+    names = (*script.TRAINING_SUMS, *OTHER_TOTALS)
+    totals = {name: jax.ShapeDtypeStruct((1,), jnp.float32) for name in names}
 
     loss_fn = make_loss_fn(script, objective, args, model)
     step = partial(script.train_step, loss_fn=loss_fn, schedule=schedule, seed=args.seed)

@@ -67,7 +67,7 @@ FLAGS = [
     "--weight_decay=0.01",
     "--learning_rate=1e-4",
 ]
-TOTALS = ("loss", "predicted", "tokens", "grad_norm", "learning_rate")
+TOTALS = ("loss", "z_loss", "predicted", "tokens", "grad_norm", "learning_rate")
 # The batch whose memory is planned.
 ROWS = 8
 LENGTH = 512

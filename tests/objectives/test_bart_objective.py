@@ -451,13 +451,13 @@ def test_special_tokens_where_the_tokenizer_adds_none(tmp_path):
     assert [[ids[0], ids[-1]] for ids in encoded] == 2 * [[EOS, EOS]]
 
 
-def parse(directory, *flags):
+def parse(directory, *flags, train_file="none.txt"):
     model = [
         f"--config_name={directory}",
         f"--tokenizer_name={directory}",
         "--output_dir=not-written",
     ]
-    return bart.parse_args([*model, "--train_file=none.txt", *flags])
+    return bart.parse_args([*model, f"--train_file={train_file}", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -470,8 +470,8 @@ def sequences(tmp_path_factory, roberta_dir):
     train_file = tmp_path_factory.mktemp("data") / "train.txt"
     texts = [f"Here is text {i}. It has one. " + i % 4 * "And there is more! " for i in range(60)]
     train_file.write_text("".join(text + "\n" for text in texts))
-    flags = [f"--train_file={train_file}", "--do_train", "--validation_split_percentage=0"]
-    args = parse(roberta_dir, *flags)
+    flags = ["--do_train", "--validation_split_percentage=0"]
+    args = parse(roberta_dir, *flags, train_file=train_file)
     train, _ = bart.load_texts(args)
     found = bart.tokenize(train, tokenizer, 16, args, 50, "tested")
     assert len(found) == 50

@@ -84,7 +84,7 @@ def measured(script, tmp_path_factory) -> dict[str, Measured]:
     script.write_model(directory, **dict.fromkeys(script.no_dropout, 0.0))
     config = AutoConfig.from_pretrained(directory)
     batch = batch_of(script)
-    names = ("loss", "predicted", "tokens", "grad_norm", "learning_rate")
+    names = (*module.TRAINING_SUMS, "tokens", "grad_norm", "learning_rate")
     totals = {name: np.zeros(1, np.float32) for name in names}
     dtypes = {"float32": "float32", "bfloat16": "bfloat16", "rounded before": "bfloat16"}
     found = {}

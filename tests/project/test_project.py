@@ -192,7 +192,7 @@ def test_help_is_readable(script, run_script):
 
 def help_pattern(field) -> str:
     """Regular expression of the entry of --help of a flag, after its name, on one line."""
-    value = r"[\[\]A-Z0-9]+ "
+    value = r"[\[\]A-Z0-9]+(?: \[[A-Z]+ \.\.\.\])? "
     if field.type is bool:
         value = ""
     elif typing.get_origin(field.type) is typing.Literal:

@@ -2757,7 +2757,7 @@ def out_of_memory_errors(args):
             cures.insert(0, "--adafactor")
         if args.dtype == "float32":
             cures.insert(0, "--dtype=bfloat16")
-        if not args.gradient_checkpointing:
+        if args.gradient_checkpointing != "layers":
             cures.insert(0, "--gradient_checkpointing")
         if per_device > 1:
             cures.insert(

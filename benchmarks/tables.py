@@ -164,6 +164,80 @@ def inference(figures: dict) -> str:
     return table(header, rows)
 
 
+def accelerators(rows: list[dict]) -> str:
+    """The plans of the compilers, each beside that of the plain step."""
+    steps = {}
+    for row in rows:
+        key = (row["target"], row["objective"], row["dtype"])
+        steps.setdefault(key, {"size": f"{row['rows']} x {row['length']}"})
+        steps[key][row["step"]] = row["figures"]
+    lines = []
+    for (target, objective, dtype), found in steps.items():
+        train = found["train"]
+        plain = found["plain"]
+        line = [
+            target,
+            f"{objective}, {found['size']}",
+            dtype,
+            f"{train['state'] / 1e9:.1f}",
+            f"{train['temporaries'] / 1e9:.1f}",
+        ]
+        if "needed" in plain:
+            line.append(f"does not fit: {plain['needed'] / 1e9:.1f}")
+        else:
+            line.append(f"{plain['temporaries'] / 1e9:.1f}")
+        for name, unit, digits in (("flops", 1e12, 1), ("bytes", 1e9, 0)):
+            cells = [f"{side[name] / unit:.{digits}f}" for side in (train, plain) if name in side]
+            line.append(" / ".join(cells))
+        lines.append(line)
+    header = ("device", "step", "dtype", "state", "temporaries", "plain", "TFLOP", "GB moved")
+    return table(header, lines)
+
+
+def batches(rows: list[dict]) -> str:
+    """The batches that GPUs can hold, in proportion to the plan for an H100 in bfloat16."""
+    lines = []
+    for row in rows:
+        if (row["target"], row["dtype"], row["step"]) != ("h100", "bfloat16", "train"):
+            continue
+        figures = row["figures"]
+        line = [f"{row['objective']}, {row['length']} tokens"]
+        for gigabytes in (24, 40, 80):
+            free = 0.75 * gigabytes * 1e9 - figures["state"]
+            fitting = free / (figures["temporaries"] / row["rows"])
+            line.append(f"{int(fitting) // 8 * 8}")
+        lines.append(line)
+    return table(("step, bfloat16", "24 GB", "40 GB", "80 GB"), lines)
+
+
+def pytorch(figures: list[dict]) -> str:
+    """The script / PyTorch's Trainer."""
+    lines = []
+    for row in figures:
+
+        def cell(name: str, unit: float, digits: int, runs=row["runs"]) -> str:
+            medians = []
+            for side in ("script", "pytorch"):
+                medians.append(statistics.median(run[name] for run in runs[side]) / unit)
+            return " / ".join(f"{value:.{digits}f}" for value in medians)
+
+        pairs = zip(row["runs"]["script"], row["runs"]["pytorch"], strict=True)
+        ratios = [ours["steps_per_second"] / theirs["steps_per_second"] for ours, theirs in pairs]
+        lines.append(
+            [
+                f"{row['objective']}, {row['size']}, {row['dtype']}",
+                f"{statistics.median(ratios):.2f}",
+                cell("steps_per_second", 1, 1),
+                cell("first_step", 1, 0),
+                cell("run", 1, 0),
+                cell("memory", 1e9, 1),
+                cell("eval_loss", 1, 2),
+            ]
+        )
+    header = ("model", "ratio", "steps/s", "first step, s", "run, s", "memory, GB", "eval loss")
+    return table(header, lines)
+
+
 # The name of a benchmark, and the function that makes its table.
 TABLES = {
     "step": step,
@@ -174,13 +248,20 @@ TABLES = {
     "mlm_step": mlm_step,
     "save": save,
     "inference": inference,
+    "accelerators": accelerators,
+    "batches": batches,
+    "pytorch": pytorch,
 }
 
 
 def measured(name: str) -> str:
-    """Make the table of a file, and the line that says how it was measured."""
-    report = json.loads((RESULTS / f"{name}.json").read_text())
+    """Make the table of a file, and the line that says how it was measured.
+
+    For another table of the same file the name is FILE/TABLE.
+    """
+    file, _, other_table = name.partition("/")
+    report = json.loads((RESULTS / f"{file}.json").read_text())
     benchmark = re.match(r"python benchmarks/(\w+)\.py", report["command"])[1]
     about = f"`{report['command']}`: {report['processor']}, JAX {report['jax']}."
     about = textwrap.fill(about, 103, break_on_hyphens=False, break_long_words=False)
-    return f"{TABLES[benchmark](report['figures'])}\n{about}"
+    return f"{TABLES[other_table or benchmark](report['figures'])}\n{about}"

@@ -66,6 +66,8 @@ def test_everything_is_generated_once():
     expected = [("families", None)]
     expected += [("flags of", f"{script}.py") for script in SCRIPTS]
     expected += [("measured", path.stem) for path in tables.RESULTS.iterdir()]
+    # A second table of a file.
+    expected.append(("measured", "accelerators/batches"))
     expected += [("diff of", change) for change in changes.CHANGES]
     assert sorted(found, key=str) == sorted(expected, key=str)
 

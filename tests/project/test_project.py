@@ -196,7 +196,10 @@ def help_pattern(field) -> str:
     if field.type is bool:
         value = ""
     elif typing.get_origin(field.type) is typing.Literal:
-        value = re.escape("{" + ",".join(typing.get_args(field.type)) + "} ")
+        choices = "{" + ",".join(typing.get_args(field.type)) + "}"
+        if field.metadata.get("nargs") == "?":
+            choices = f"[{choices}]"
+        value = re.escape(f"{choices} ")
     default = ""
     is_shown = field.default not in (dataclasses.MISSING, None) and field.default is not False
     if is_shown:

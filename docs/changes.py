@@ -68,9 +68,7 @@ SCHEDULE = [
 
 SOURCE = [
     (
-        """\
-def load_text_file(
-""".rstrip(),
+        "def load_text_files(",
         '''\
 def read_rows(file: str, changed: int):
     """Generate the texts of an SQLite file. `changed`, its time of change, is for the cache."""
@@ -80,18 +78,20 @@ def read_rows(file: str, changed: int):
         yield {"text": text}
 
 
-def load_text_file(''',
+def load_text_files(''',
     ),
     (
         """\
-    if extension not in LOADERS:
+    for file in files:
+        if data_extension(file) not in LOADERS:
 """,
         """\
-    if extension == ".sqlite":
+    if files[0].endswith(".sqlite"):
         with input_errors(f"{source}: cannot be read"):
-            rows = {"file": file, "changed": Path(file).stat().st_mtime_ns}
+            rows = {"file": files[0], "changed": Path(files[0]).stat().st_mtime_ns}
             return datasets.Dataset.from_generator(read_rows, gen_kwargs=rows, **load_options)
-    if extension not in LOADERS:
+    for file in files:
+        if data_extension(file) not in LOADERS:
 """,
     ),
 ]

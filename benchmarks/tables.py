@@ -164,8 +164,60 @@ def inference(figures: dict) -> str:
     return table(header, rows)
 
 
+def pytorch(figures: list) -> str:
+    rows = []
+    for found in figures:
+        runs = found["runs"]
+        rates = {side: [run["steps_per_second"] for run in runs[side]] for side in runs}
+        for side, name in (("script", "script"), ("pytorch", "PyTorch")):
+            medians = {}
+            for column in ("steps_per_second", "memory", "first_step", "eval_loss"):
+                medians[column] = statistics.median(run[column] for run in runs[side])
+            pairs = zip(rates[side], rates["pytorch"], strict=True)
+            row = (
+                f"{found['objective']}, {name}",
+                found["dtype"],
+                f"{medians['steps_per_second']:.2f}",
+                f"{statistics.median(own / other for own, other in pairs):.2f}",
+                f"{medians['memory'] / 1e9:.1f}",
+                f"{medians['first_step']:.0f}",
+                f"{medians['eval_loss']:.2f}",
+            )
+            rows.append(row)
+    header = (
+        "objective, side",
+        "dtype",
+        "steps/s",
+        "speed",
+        "memory, GB",
+        "first step, s",
+        "eval loss",
+    )
+    return table(header, rows)
+
+
+def accelerators(figures: list) -> str:
+    rows = []
+    for found in figures:
+        plan = found["figures"]
+        name = (found["target"], found["objective"], found["dtype"], found["step"])
+        if "needed" in plan:
+            cells = (f"{plan['needed'] / 1e9:.1f}", "does not fit", "", "")
+        else:
+            total = (plan["state"] + plan["temporaries"]) / 1e9
+            cells = (f"{plan['temporaries'] / 1e9:.1f}", f"{total:.1f}", "", "")
+            if "flops" in plan:
+                work = (f"{plan['flops'] / 1e12:.1f}", f"{plan['bytes'] / 1e9:.0f}")
+                cells = (*cells[:2], *work)
+        rows.append((", ".join(name), f"{found['rows']} x {found['length']}", *cells))
+    header = ("target, step", "batch", "temporaries, GB", "with state, GB", "TFLOP", "GB moved")
+    return table(header, rows)
+
+
 # The name of a benchmark, and the function that makes its table.
 TABLES = {
+    "pytorch": pytorch,
+    "accelerators": accelerators,
     "step": step,
     "host": host,
     "startup": startup,
@@ -180,7 +232,12 @@ TABLES = {
 def measured(name: str) -> str:
     """Make the table of a file, and the line that says how it was measured."""
     report = json.loads((RESULTS / f"{name}.json").read_text())
-    benchmark = re.match(r"python benchmarks/(\w+)\.py", report["command"])[1]
-    about = f"`{report['command']}`: {report['processor']}, JAX {report['jax']}."
+    commands = report["command"]
+    # A file may join the figures of several commands.
+    if isinstance(commands, str):
+        commands = [commands]
+    benchmark = re.match(r"python benchmarks/(\w+)\.py", commands[0])[1]
+    shown = " and ".join(f"`{command}`" for command in commands)
+    about = f"{shown}: {report['processor']}, JAX {report['jax']}."
     about = textwrap.fill(about, 103, break_on_hyphens=False, break_long_words=False)
     return f"{TABLES[benchmark](report['figures'])}\n{about}"

@@ -34,7 +34,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 # Tokens in a training sequence. A small model learns to use the context sooner if it is short.
-LENGTH = 32
+LENGTH = 16
 
 # Small enough for a corpus of a million tokens. The output layer is most of the work, so a small
 # vocabulary also makes training fast.
@@ -54,23 +54,24 @@ TRAINING = {
     "max_seq_length": LENGTH,
     # Each sequence teaches more than with the usual 0.15.
     "mlm_probability": 0.25,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 32,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 128,
     "learning_rate": 4e-3,
     "warmup_steps": 200,
     "weight_decay": 0.01,
     "adam_beta2": 0.98,
-    "max_steps": 2000,
-    "logging_steps": 200,
+    "max_steps": 2500,
+    "logging_steps": 100,
     "eval_steps": 500,
-    "save_steps": 2000,
+    "save_steps": 1000,
 }
 
 # The trained model fills the gaps in these sentences.
 QUESTIONS = (
-    "Return the number<mask> elements in the list.",
+    "Return a list<mask> all the names.",
     "This method<mask> called when the connection is lost.",
     "This function is<mask> by the interpreter.",
+    "If the file does<mask> exist, raise an error.",
 )
 
 

@@ -68,9 +68,7 @@ SCHEDULE = [
 
 SOURCE = [
     (
-        """\
-def load_text_files(
-""".rstrip(),
+        "def load_text_files(",
         '''\
 def read_rows(file: str, changed: int):
     """Generate the texts of an SQLite file. `changed`, its time of change, is for the cache."""

@@ -174,7 +174,7 @@ def accelerators(rows: list[dict]) -> str:
     lines = []
     for (target, objective, dtype), found in steps.items():
         train = found["train"]
-        plain = found["plain"]
+        plain = found.get("plain", {})
         line = [
             target,
             f"{objective}, {found['size']}",
@@ -185,7 +185,7 @@ def accelerators(rows: list[dict]) -> str:
         if "needed" in plain:
             line.append(f"does not fit: {plain['needed'] / 1e9:.1f}")
         else:
-            line.append(f"{plain['temporaries'] / 1e9:.1f}")
+            line.append(f"{plain['temporaries'] / 1e9:.1f}" if plain else "")
         for name, unit, digits in (("flops", 1e12, 1), ("bytes", 1e9, 0)):
             cells = [f"{side[name] / unit:.{digits}f}" for side in (train, plain) if name in side]
             line.append(" / ".join(cells))

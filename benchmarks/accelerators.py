@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# ruff: noqa: E402, the compilers read their settings when jax is imported
 """Compile the steps of the training scripts for TPUs and GPUs that this machine does not have.
 
     make accelerators

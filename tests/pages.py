@@ -228,7 +228,7 @@ def parse_flags(words: list[str]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------
 
 
-def run(command: list[str], directory: Path, timeout: float = 300) -> str:
+def run(command: list[str], directory: Path, timeout: float = 900) -> str:
     """Run a command that succeeds without a warning, and return its output."""
     variables = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
     variables |= ENVIRONMENT

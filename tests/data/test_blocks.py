@@ -5,6 +5,7 @@ Streams have tests of their own in test_stream.py.
 
 from importlib import import_module
 
+import numpy as np
 import pytest
 from training_scripts import SCRIPTS, word_tokenizer
 
@@ -34,12 +35,12 @@ def test_blocks_are_all_tokens_end_to_end(script, tmp_path, last_words, num_bloc
     args = module.parse_args(flags)
     texts, _ = module.load_texts(args)
     sequences = module.tokenize(texts, tokenizer, LENGTH, args, None, "tested")
-    found = []
-    for start, end in zip(sequences.starts, sequences.ends, strict=True):
-        found.append(sequences.input_ids[start:end].tolist())
+    found = sequences.input_ids.read(LENGTH * np.arange(len(sequences)), LENGTH)
     tokens = [token for line in lines for token in tokenizer(line)["input_ids"]]
-    expected = [tokens[LENGTH * block :][:LENGTH] for block in range(num_blocks)]
-    assert found == expected
+    # What is read beyond the last token is zero.
+    expected = np.zeros((num_blocks, LENGTH), int)
+    expected.flat[: len(tokens)] = tokens
+    np.testing.assert_array_equal(found, expected)
 
     sequences = module.tokenize(texts, tokenizer, LENGTH, args, 1, "tested")
-    assert len(sequences.ends) == 1
+    assert len(sequences) == 1

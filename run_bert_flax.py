@@ -126,8 +126,9 @@ def eval_equation(equation, operands) -> list:
     if called is not None:
         return eval_jaxpr(called.jaxpr, called.consts, operands)
     primitive = equation.primitive
-    in_bfloat16 = all(operand.dtype == jnp.bfloat16 for operand in operands)
-    if primitive is jax.lax.dot_general_p and in_bfloat16:
+    is_product = primitive is jax.lax.dot_general_p
+    # Operands of other primitives may be Python numbers (JAX 0.6.2).
+    if is_product and all(operand.dtype == jnp.bfloat16 for operand in operands):
         params = {**equation.params, "preferred_element_type": np.dtype("float32")}
         product = primitive.bind(*operands, **params)
         return [product.astype(jnp.bfloat16)]

@@ -327,7 +327,7 @@ def print_curve(model_directory: Path) -> None:
     """Print the evaluations of the run, with a bar for the accuracy of each."""
     losses = dict(read_curve(model_directory, "eval_loss"))
     for step, accuracy in read_curve(model_directory, "eval_accuracy"):
-        bar = "#" * round(200 * accuracy)
+        bar = "#" * round(150 * accuracy)
         line = f"step {step:5,}   loss {losses[step]:5.2f}   accuracy {accuracy:5.1%}   {bar}"
         print(line[:80].rstrip())
 

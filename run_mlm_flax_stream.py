@@ -824,7 +824,8 @@ def load_text_files(source: str, files: list[str], text_options: dict, load_opti
     if loaders == ["text"]:
         load_options = load_options | text_options
     with input_errors(f"{source}: cannot be read"):
-        data_files = [glob.escape(file) for file in files]
+        # `datasets` takes the names of local files for patterns, too. An address may be one.
+        data_files = [file if "://" in file else glob.escape(file) for file in files]
         return datasets.load_dataset(
             loaders[0], data_files=data_files, split="train", **load_options
         )
@@ -2674,26 +2675,26 @@ def out_of_memory_errors(args):
         accumulation = args.gradient_accumulation_steps
         num_devices = jax.device_count()
         reason = str(error).partition("\n")[0][:300]
-        length_flag = "block_size" if hasattr(args, "block_size") else "max_seq_length"
-        cures = [f"a smaller --{length_flag}"]
-        if not args.adafactor:
-            cures.insert(0, "--adafactor")
-        if args.dtype == "float32":
-            cures.insert(0, "--dtype=bfloat16")
-        if args.gradient_checkpointing != "layers":
-            cures.insert(0, "--gradient_checkpointing")
+        advice = []
         if per_device > 1:
-            cures.insert(
-                0,
+            advice.append(
                 f"--per_device_train_batch_size={per_device // 2} with "
-                f"--gradient_accumulation_steps={2 * accumulation}",
+                f"--gradient_accumulation_steps={2 * accumulation}"
             )
+        if args.gradient_checkpointing != "layers":
+            advice.append("--gradient_checkpointing")
+        if args.dtype == "float32":
+            advice.append("--dtype=bfloat16")
+        if not args.adafactor:
+            advice.append("--adafactor")
+        length_flag = "block_size" if hasattr(args, "block_size") else "max_seq_length"
+        advice.append(f"a smaller --{length_flag}")
         raise InputError(
             f"a device has no memory left: {reason}; a device computes {per_device} sequences at a "
             f"time in training, and {args.per_device_eval_batch_size} in evaluation; the global "
             f"batch is {num_devices} devices x {accumulation} x {per_device} = "
             f"{num_devices * accumulation * per_device}; what lowers memory, in the order to try: "
-            f"{', '.join(cures)}; in an evaluation: --per_device_eval_batch_size"
+            f"{', '.join(advice)}; in an evaluation: --per_device_eval_batch_size"
         ) from error
 
 
@@ -2703,7 +2704,7 @@ def exit_with_one_line(status: int, is_distributed: bool = False):
     try:
         yield
     except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
-        # JaxRuntimeError: the memory of a device is full, for example.
+        # JaxRuntimeError: another process of the cluster has ended, for example.
         message = " ".join(f"{Path(__file__).name}: error: {error}"[:2000].split())
         print(message, file=sys.stderr, flush=True)
         if is_distributed:
@@ -2775,8 +2776,7 @@ def main(argv: list[str] | None = None) -> None:
             saver = Saver(args, model, tokenizer, stored, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch=None)
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
-        eval_steps = args.eval_steps
-        evaluations = Evaluations(args, eval_steps, num_steps, evaluate_now, best)
+        evaluations = Evaluations(args, args.eval_steps, num_steps, evaluate_now, best)
 
         # Train.
         if args.do_train:

@@ -268,7 +268,7 @@ def on_all_devices(shapes, num_devices: int):
 
 
 def lower_step(objective: str, config, workload: Workload, dtype: str, flags: str, step, devices):
-    """Lower a step, one of STEPS, for `devices`. `step` may be any of them."""
+    """Lower a step for `devices`, as the script builds it. `step` is one of STEPS."""
     script = import_module(harness.OBJECTIVES[objective].script.removesuffix(".py"))
     # The main function of a script that has this workaround calls it, too.
     if hasattr(script, "restore_clip_argument"):

@@ -210,30 +210,31 @@ def batches(rows: list[dict]) -> str:
     return table(("step, bfloat16", "24 GB", "40 GB", "80 GB"), lines)
 
 
+def both_sides(runs: dict, name: str, unit: float, digits: int) -> str:
+    """The medians of the script and of PyTorch, such as "32.3 / 17.0"."""
+    medians = []
+    for side in ("script", "pytorch"):
+        medians.append(statistics.median(run[name] for run in runs[side]) / unit)
+    return " / ".join(f"{value:.{digits}f}" for value in medians)
+
+
 def pytorch(figures: list[dict]) -> str:
     """The script / PyTorch's Trainer."""
     lines = []
     for row in figures:
-
-        def cell(name: str, unit: float, digits: int, runs=row["runs"]) -> str:
-            medians = []
-            for side in ("script", "pytorch"):
-                medians.append(statistics.median(run[name] for run in runs[side]) / unit)
-            return " / ".join(f"{value:.{digits}f}" for value in medians)
-
-        pairs = zip(row["runs"]["script"], row["runs"]["pytorch"], strict=True)
+        runs = row["runs"]
+        pairs = zip(runs["script"], runs["pytorch"], strict=True)
         ratios = [ours["steps_per_second"] / theirs["steps_per_second"] for ours, theirs in pairs]
-        lines.append(
-            [
-                f"{row['objective']}, {row['size']}, {row['dtype']}",
-                f"{statistics.median(ratios):.2f}",
-                cell("steps_per_second", 1, 1),
-                cell("first_step", 1, 0),
-                cell("run", 1, 0),
-                cell("memory", 1e9, 1),
-                cell("eval_loss", 1, 2),
-            ]
-        )
+        line = [
+            f"{row['objective']}, {row['size']}, {row['dtype']}",
+            f"{statistics.median(ratios):.2f}",
+            both_sides(runs, "steps_per_second", 1, 1),
+            both_sides(runs, "first_step", 1, 0),
+            both_sides(runs, "run", 1, 0),
+            both_sides(runs, "memory", 1e9, 1),
+            both_sides(runs, "eval_loss", 1, 2),
+        ]
+        lines.append(line)
     header = ("model", "ratio", "steps/s", "first step, s", "run, s", "memory, GB", "eval loss")
     return table(header, lines)
 

@@ -1,9 +1,22 @@
-"""A check of gradients that recompute activations."""
+"""Parameters for tests of gradients, and a check of gradients that recompute activations."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+def random_params(model):
+    """Make parameters that all have an effect.
+
+    Initialized parameters would have biases of zero and scales of one.
+    """
+    rng = np.random.default_rng(0)
+    params = {}
+    for path, x in flatten_dict(model.params_shape_tree).items():
+        mean = np.float32(path[-1] == "scale")
+        params[path] = mean + 0.1 * rng.standard_normal(x.shape, np.float32)
+    return jax.tree.map(jnp.asarray, unflatten_dict(params))
 
 
 def check_recomputed_gradients(loss_fn, recomputing_loss_fn, params, rtol: float):

@@ -20,6 +20,7 @@ import sentencex
 from bart_reference import NUM_WORDS, denoise_row, documents, make_rows
 from distributions import assert_distribution, assert_same_distribution
 from flax.traverse_util import flatten_dict, unflatten_dict
+from gradients import random_params
 from tokenizers import processors
 from training_scripts import word_tokenizer
 from transformers import (
@@ -602,18 +603,10 @@ SIZES = {
 
 
 def make_model(family: str, **settings):
-    """A tiny model, and parameters that all have an effect.
-
-    Initialized parameters would have biases of zero and scales of one.
-    """
+    """A tiny model, and parameters that all have an effect."""
     config = CONFIG_MAPPING[family](**{**SIZES, **settings})
     model = FlaxAutoModelForSeq2SeqLM.from_config(config, _do_init=False)
-    rng = np.random.default_rng(0)
-    params = {}
-    for path, x in flatten_dict(model.params_shape_tree).items():
-        mean = np.float32(path[-1] == "scale")
-        params[path] = mean + 0.1 * rng.standard_normal(x.shape, np.float32)
-    return model, jax.tree.map(jnp.asarray, unflatten_dict(params))
+    return model, random_params(model)
 
 
 def compiled(function, *args):

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from distributions import assert_binomial, assert_uniform
 from families import MASKED
-from flax.traverse_util import flatten_dict, unflatten_dict
-from gradients import check_recomputed_gradients
+from flax.traverse_util import flatten_dict
+from gradients import check_recomputed_gradients, random_params
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_scripts import full_but
 from transformers import (
@@ -343,19 +343,11 @@ for family, settings in MASKED.items():
 
 
 def make_model(family: str, **settings):
-    """A tiny model, and parameters that all have an effect.
-
-    Initialized parameters would have biases of zero and scales of one.
-    """
+    """A tiny model, and parameters that all have an effect."""
     sizes = {"vocab_size": HEAD_VOCAB, "pad_token_id": 1}
     config = CONFIG_MAPPING[family](**{**sizes, **MASKED[family], **settings})
     model = FlaxAutoModelForMaskedLM.from_config(config, _do_init=False)
-    rng = np.random.default_rng(0)
-    params = {}
-    for path, x in flatten_dict(model.params_shape_tree).items():
-        mean = np.float32(path[-1] == "scale")
-        params[path] = mean + 0.1 * rng.standard_normal(x.shape, np.float32)
-    return model, jax.tree.map(jnp.asarray, unflatten_dict(params))
+    return model, random_params(model)
 
 
 def full_loss(params, batch, model):

@@ -23,6 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from row_collators import corrupt_by_rows
+
 from run_mlm_flax import FlaxDataCollatorForLanguageModeling, sequence_generators
 from run_t5_mlm_flax import FlaxDataCollatorForT5MLM
 
@@ -74,49 +76,6 @@ def mask_by_rows(
             elif kind < 0.9:
                 masked_ids[row, position] = rng.integers(len(tokenizer))
     return masked_ids, labels
-
-
-def random_composition(total: int, num_parts: int, rng: np.random.Generator) -> list[int]:
-    """Draw lengths of at least 1 that add up to `total`."""
-    ends = 1 + rng.choice(total - 1, num_parts - 1, replace=False)
-    return np.diff(np.sort(ends), prepend=0, append=total).tolist()
-
-
-def corrupt_by_rows(
-    rows: np.ndarray, num_noise: int, num_spans: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Corrupt spans as T5 does, one token at a time.
-
-    Each row has `num_noise` noise tokens in `num_spans` spans. In the inputs, a sentinel replaces a
-    span. The targets are the spans, each after its sentinel.
-
-    Returns input ids, labels and decoder input ids, each [rows, length] int32.
-    """
-    inputs = []
-    targets = []
-    for row in rows.tolist():
-        kept_lengths = random_composition(len(row) - num_noise, num_spans, rng)
-        noise_lengths = random_composition(num_noise, num_spans, rng)
-        input_row = []
-        target_row = []
-        tokens = iter(row)
-        for span in range(num_spans):
-            sentinel = T5_FIRST_SENTINEL - span
-            for _ in range(kept_lengths[span]):
-                input_row.append(next(tokens))
-            input_row.append(sentinel)
-            target_row.append(sentinel)
-            for _ in range(noise_lengths[span]):
-                target_row.append(next(tokens))
-        input_row.append(T5_EOS_TOKEN_ID)
-        target_row.append(T5_EOS_TOKEN_ID)
-        inputs.append(input_row)
-        targets.append(target_row)
-    input_ids = np.array(inputs, np.int32)
-    labels = np.array(targets, np.int32)
-    start_tokens = np.zeros_like(labels[:, :1])
-    decoder_input_ids = np.concatenate([start_tokens, labels[:, :-1]], axis=1)
-    return input_ids, labels, decoder_input_ids
 
 
 def make_batch(
@@ -189,7 +148,9 @@ def measure_t5(rows: int, length: int, repetitions: int) -> tuple[float, float]:
 
     def prepare_by_rows(repetition: int):
         rng = np.random.default_rng(repetition)
-        return lambda: corrupt_by_rows(input_ids, collator.num_noise, collator.num_spans, rng)
+        counts = (collator.num_noise, collator.num_spans)
+        sentinels = collator.sentinels.tolist()
+        return lambda: corrupt_by_rows(input_ids, *counts, sentinels, T5_EOS_TOKEN_ID, rng)
 
     by_rows_seconds = median_seconds(prepare_by_rows, max(3, repetitions // 100))
     seconds = median_seconds(prepare, repetitions)

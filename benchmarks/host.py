@@ -88,10 +88,11 @@ def batch_by_rows(objective: str, collator, rows: list[list[int]], seed: int):
 
         return mask_by_rows(np.array(rows, np.int32), collator.tokenizer, rng)
     if objective == "span-masked":
-        from collator import corrupt_by_rows
+        from row_collators import corrupt_by_rows
 
-        array = np.array(rows, np.int32)
-        return corrupt_by_rows(array, collator.num_noise, collator.num_spans, rng)
+        counts = (collator.num_noise, collator.num_spans)
+        ids = (collator.sentinels.tolist(), collator.eos_token_id)
+        return corrupt_by_rows(np.array(rows, np.int32), *counts, *ids, rng)
     from bart_reference import denoise_row
 
     noised = []

@@ -7,10 +7,10 @@
         [--pairs 3] [--compile] [--json FILE]
 
 PyTorch's side is the Trainer of Transformers 5 with its models (scaled_dot_product_attention) and
-DataCollatorForLanguageModeling. It runs in an environment of its own. For the span-masked and the
-denoising objective, its collator is the loop over tokens of the other benchmarks. Both sides begin
-with the same weights and alternate. Each evaluates the same text at the end. Columns, medians of
-the pairs:
+DataCollatorForLanguageModeling. It runs in an environment of its own. Transformers has no collators
+for the span-masked and the denoising objective, so those of row_collators.py are used. Both sides
+begin with the same weights and alternate. Each evaluates the same text at the end. Columns, medians
+of the pairs:
 
     steps/s       steps a second after the first ten, for the script and for PyTorch, and the ratio
     first step    seconds from the command to the end of the first step
@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OBJECTIVES = ("masked", "causal", "span-masked", "denoising")
 WARM_UP = 10  # steps
 FLAGS = {
     "learning_rate": 1e-4,
@@ -67,6 +68,31 @@ def read_blocks(tokenizer, text: str, length: int) -> list[dict]:
         tokens += ids
     starts = range(0, len(tokens) - length + 1, length)
     return [{"input_ids": tokens[start : start + length]} for start in starts]
+
+
+def make_collator(tokenizer, settings: dict):
+    """The noise of the objective, as a function from examples to tensors."""
+    import torch
+    import transformers
+    from row_collators import Denoising, SpanCorruption
+
+    if settings["objective"] == "span-masked":
+        collator = SpanCorruption(
+            tokenizer, settings["num_noise"], settings["num_spans"], FLAGS["seed"]
+        )
+    elif settings["objective"] == "denoising":
+        collator = Denoising(tokenizer, FLAGS["seed"])
+    else:
+        is_masked = settings["objective"] == "masked"
+        return transformers.DataCollatorForLanguageModeling(
+            tokenizer, mlm=is_masked, mlm_probability=0.15
+        )
+
+    def collate(examples: list[dict]) -> dict:
+        arrays = collator(examples)
+        return {name: torch.from_numpy(array).long() for name, array in arrays.items()}
+
+    return collate
 
 
 class StepTimes:
@@ -124,13 +150,10 @@ def run_pytorch(settings: dict) -> None:
         disable_tqdm=True,
         **FLAGS,
     )
-    collator = transformers.DataCollatorForLanguageModeling(
-        tokenizer, mlm=settings["model_type"] == "roberta", mlm_probability=0.15
-    )
     trainer = transformers.Trainer(
         model,
         arguments,
-        data_collator=collator,
+        data_collator=make_collator(tokenizer, settings),
         train_dataset=read_blocks(tokenizer, settings["text"], settings["length"]),
         eval_dataset=read_blocks(tokenizer, settings["eval_text"], settings["length"]),
         callbacks=[step_times.callback()],
@@ -186,13 +209,14 @@ class Comparison:
         notes = self.directory / "pytorch.json"
         settings = {
             "initialize": initialize,
+            "objective": self.objective,
             "model_type": self.model_type,
             "folder": str(self.folder),
             "text": str(self.text),
             "eval_text": str(self.eval_text),
             "output_dir": str(self.directory / "pytorch"),
             "rows": self.args.rows,
-            "length": self.args.length,
+            **self.block_settings(),
             "steps": self.args.steps,
             "dtype": self.dtype,
             "compile": self.args.compile,
@@ -212,6 +236,17 @@ class Comparison:
         if initialize:
             return {}
         return json.loads(notes.read_text()) | {"run": time.time() - settings["start"]}
+
+    def block_settings(self) -> dict:
+        """The tokens of a block, and the noise tokens and spans in a block of T5's."""
+        length = self.args.length
+        if self.objective != "span-masked":
+            return {"length": length}
+        import run_t5_mlm_flax as script
+
+        block_length, _ = script.compute_input_and_target_lengths(length, 0.15, 3.0)
+        num_noise, num_spans = script.noise_counts(block_length, 0.15, 3.0)
+        return {"length": block_length, "num_noise": num_noise, "num_spans": num_spans}
 
     def start_script(self) -> dict:
         """Run the script of this project and return what it notes."""
@@ -285,7 +320,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", default=ROOT / ".venv-pytorch/bin/python", help="with PyTorch")
-    parser.add_argument("--objectives", nargs="+", default=["masked", "causal"])
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--sizes", nargs="+", choices=["small", "base"], default=["small", "base"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rows", type=int, default=8, help="sequences in a batch")

@@ -66,7 +66,7 @@ def startup(figures: dict) -> str:
     for name, found in runs.items():
         cells = [f"{found[column]:.1f}" for column in columns]
         rows.append((name, *cells))
-    return table(("model, cache", *columns), rows)
+    return table(("run, cache", *columns), rows)
 
 
 def scaling(figures: list) -> str:
@@ -239,6 +239,30 @@ def pytorch(figures: list[dict]) -> str:
     return table(header, lines)
 
 
+def learning(figures: list[dict]) -> str:
+    """Evaluation losses of the script and of PyTorch, and how far they are apart."""
+    from learning import summary
+
+    rows = []
+    for runs in figures:
+        numbers = summary(runs)
+        cells = [f"{loss:.3f}" for loss in numbers[:3]]
+        cells += [f"{difference:.2g}" for difference in numbers[3:]]
+        rows.append((runs["objective"], *cells))
+    header = ("objective", "script", "other seed", "PyTorch")
+    differences = ("seeds differ by", "PyTorch differs by", "without dropout by")
+    return table((*header, *differences), rows)
+
+
+def large_text(figures: dict) -> str:
+    rows = []
+    for name, found in figures.items():
+        both = f"{found['both']:,.0f}" if name.endswith("two") else ""
+        memory = [f"{found[column]:,.0f}" for column in ("own", "pages")]
+        rows.append((name, *memory, both, f"{found['seconds']:.0f}"))
+    return table(("text, start", "own, MB", "files, MB", "both, MB", "seconds"), rows)
+
+
 # The name of a benchmark, and the function that makes its table.
 TABLES = {
     "step": step,
@@ -252,6 +276,8 @@ TABLES = {
     "accelerators": accelerators,
     "batches": batches,
     "pytorch": pytorch,
+    "learning": learning,
+    "large_text": large_text,
 }
 
 

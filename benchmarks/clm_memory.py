@@ -80,7 +80,7 @@ MIN_ROUNDS = 10
 
 def plain_step(state, totals, batch, seed, model, checkpointing):
     """Take the textbook's step, with the arguments and the dropout keys of the script's step."""
-    rng = jax.random.fold_in(jax.random.key(seed, impl=script.DROPOUT_PRNG), state.step)
+    rng = jax.random.fold_in(jax.random.key(seed, impl=script.dropout_prng()), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
     # The script folds in the number of the micro-batch, here always 0.
     dropout_rng = jax.random.fold_in(rng, 0)

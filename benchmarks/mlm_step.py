@@ -10,7 +10,7 @@ batches:
     one-hot    plain: logits of all positions, cross-entropy with one-hot labels times the mask
     indices    plain, with integer labels in place of one-hot labels
     threefry   the script's step, with dropout from JAX's default generator, threefry2x32,
-               in place of rbg
+               in place of a hash
 
 All have the same model, weights, optimizer (AdamW), dropout rates and dropout keys. Each round runs
 every step once, to its end, in random order. Other work on the machine slows all steps down, so
@@ -99,7 +99,7 @@ def plain_step(state, totals, batch, model, seed, one_hot: bool = True):
     """Take the textbook's step, with the arguments and the dropout keys of the script's step."""
     # [batch, length] int32
     batch = {name: array[0] for name, array in batch.items()}
-    rng = jax.random.fold_in(jax.random.key(seed, impl=script.DROPOUT_PRNG), state.step)
+    rng = jax.random.fold_in(jax.random.key(seed, impl=script.dropout_prng()), state.step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("batch"))
     # The script folds in the number of the micro-batch, here always 0.
     dropout_rng = jax.random.fold_in(rng, 0)
@@ -131,7 +131,7 @@ def plain_step(state, totals, batch, model, seed, one_hot: bool = True):
 
 def train_step_with_threefry(*args, **kwargs):
     """Take the script's step with another generator, which is read while the step is traced."""
-    with mock.patch.object(script, "DROPOUT_PRNG", "threefry2x32"):
+    with mock.patch.object(script, "dropout_prng", return_value="threefry2x32"):
         return script.train_step(*args, **kwargs)
 
 

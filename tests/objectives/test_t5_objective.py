@@ -455,7 +455,7 @@ def test_logits_are_never_whole():
     """
     _, model, params = make_model("t5")
     batch = model_batch()
-    key = jax.random.key(0, impl=t5.DROPOUT_PRNG)
+    key = jax.random.key(0, impl=t5.dropout_prng())
 
     def loss(params):
         return t5.loss_sums(params, batch, model, dropout_rng=key)[0]

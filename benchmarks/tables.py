@@ -15,9 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def is_text(column: tuple) -> bool:
+    """Whether all cells of a column begin with a letter."""
+    return all(str(cell)[:1].isalpha() for cell in column)
+
+
 def table(header: tuple, rows: list) -> str:
-    """Write a table in Markdown with the first column aligned left and the others right."""
-    alignment = (":---", *["---:"] * (len(header) - 1))
+    """Write a table in Markdown, the first column and columns of text aligned left, numbers right."""
+    alignment = [":---"]
+    for column in list(zip(*rows, strict=True))[1:]:
+        alignment.append(":---" if is_text(column) else "---:")
     lines = []
     for cells in (header, alignment, *rows):
         lines.append(f"| {' | '.join(map(str, cells))} |\n")
@@ -95,7 +102,7 @@ def whole_run(figures: dict) -> str:
             f"{min(found['ratios']):.2f} to {max(found['ratios']):.2f}",
         )
         rows.append(row)
-    return table(("vocabulary", "script, s", "simple, s", "ratio", "of the pairs"), rows)
+    return table(("vocabulary", "script, s", "plain, s", "ratio, median", "ratio, range"), rows)
 
 
 def mlm_step(figures: dict) -> str:
@@ -158,7 +165,7 @@ def inference(figures: dict) -> str:
         "median, ms",
         "95%, ms",
         "GFLOP/s",
-        "of a product's",
+        "of a large product",
         "speed",
     )
     return table(header, rows)

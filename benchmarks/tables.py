@@ -21,7 +21,7 @@ def is_text(column: tuple) -> bool:
 
 
 def table(header: tuple, rows: list) -> str:
-    """Write a table in Markdown, the first column and columns of text aligned left, numbers right."""
+    """Write a table in Markdown. Numbers are aligned right, text and the first column left."""
     alignment = [":---"]
     for column in list(zip(*rows, strict=True))[1:]:
         alignment.append(":---" if is_text(column) else "---:")

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pytest
 from datasets import Dataset
-from training_scripts import SCRIPTS, TEMPLATE, Place
+from training_scripts import SCRIPTS, TEMPLATE, Place, full_but
 
 import run_mlm_flax as mlm
 
@@ -127,6 +127,7 @@ def cache_files(folder: Path) -> dict:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.arrow")}
 
 
+@pytest.mark.parametrize("place", full_but(STORED, TEMPLATE), ids=str, indirect=True)
 def test_a_second_start_tokenizes_nothing(place):
     """Also with another seed and another batch size."""
     cache = place.directory / "cache"

@@ -89,6 +89,7 @@ def test_quickstart_trains_and_shows_what_it_learned(finished):
     assert {path.name for path in directory.iterdir()} == {"quickstart"}
 
 
+@pytest.mark.full
 def test_progress_is_shown_at_a_terminal(tmp_path):
     """The bars of the training script appear."""
     import os

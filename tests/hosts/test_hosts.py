@@ -8,11 +8,14 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from clusters import EIGHT_DEVICES, finish_cluster, start_cluster
 from outputs import evaluation, losses
+from safetensors.numpy import load_file
 from training_scripts import (
     SCRIPTS,
+    T5,
     TEMPLATE,
     Place,
     checkpoints,
@@ -73,6 +76,7 @@ def check_same(a: Path, b: Path):
     assert evaluation(a) == pytest.approx(evaluation(b), rel=1e-4)
 
 
+@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE, T5), ids=str, indirect=True)
 def test_eight_devices_with_accumulation_train_as_one(place, one_device):
     run = place.run("eight_devices", **eight_devices(place), devices=8)
     assert (run.returncode, run.lines) == (0, [])
@@ -222,6 +226,38 @@ def slow_end(script):
 
     script.write_results = slow_write_results
     jax.distributed.initialize = functools.partial(initialize, shutdown_timeout_seconds=20)
+
+
+def plan_evaluations(script):
+    """Let the evaluation at step 6 be the best. Runs in each process of the script."""
+    evaluate = script.evaluate
+
+    def planned(*args):
+        step = args[-1]
+        return {**evaluate(*args), "eval_loss": float(abs(step - 6))}
+
+    script.evaluate = planned
+
+
+@template_alone
+def test_two_processes_stop_early_and_export_the_best_model(place):
+    flags = {
+        **eight_devices(place),
+        "load_best_model_at_end": True,
+        "early_stopping_patience": 2,
+        "max_steps": 30,
+        "eval_steps": 3,
+        "save_steps": 5,
+        "save_total_limit": 1,
+    }
+    output_dir = finish_cluster(place, "best", **flags, change=plan_evaluations)
+    # The evaluations at steps 9 and 12 are worse. The best checkpoint is kept beside the newest.
+    assert checkpoints(output_dir) == [6, 12]
+    assert evaluation(output_dir)["eval_loss"] == 0
+    exported = load_file(output_dir / "model.safetensors")
+    best = load_file(output_dir / "checkpoints" / "6" / "state.safetensors")
+    embeddings = best["params/roberta/embeddings/word_embeddings/embedding"]
+    assert np.array_equal(exported["roberta.embeddings.word_embeddings.weight"], embeddings)
 
 
 @template_alone

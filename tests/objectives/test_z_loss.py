@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_scripts import SCRIPTS, Place
+from training_scripts import SCRIPTS, Place, full_but
 
 HAVE_Z_LOSS = [script for script in SCRIPTS if "z_loss: float = " in script.path.read_text()]
 
@@ -118,6 +118,7 @@ def test_it_is_trained_on_logged_and_not_part_of_the_losses(place):
     assert "train_z_loss" in stored
 
 
+@pytest.mark.parametrize("script", full_but(HAVE_Z_LOSS, HAVE_Z_LOSS[0]), ids=str, indirect=True)
 def test_a_resumed_run_logs_another_weight(place):
     place.run("resumed", z_loss=0.1, max_steps=1, do_train=True)
     run = place.run("resumed", z_loss=0.2, max_steps=2, do_train=True)

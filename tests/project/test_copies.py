@@ -1,12 +1,13 @@
 """The code that several scripts share is the same in each, and the check finds a difference."""
 
+import itertools
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 
 import copies
 import pytest
+from training_scripts import full_but
 
 
 @pytest.fixture
@@ -77,9 +78,18 @@ def replace_by_another_number(lines: list[str]) -> list[str]:
     return ["IGNORE = -101\n"]
 
 
-@pytest.mark.parametrize("edit", [add_comment, add_space, add_line])
+NAMES = ("InputError", "TrainingLog", "Saver", "prefetch", "make_optimizer")
+EDITS = (add_comment, add_space, add_line)
+
+
 @pytest.mark.parametrize(
-    "name", ["InputError", "TrainingLog", "Saver", "prefetch", "make_optimizer"]
+    ("name", "edit"),
+    full_but(
+        itertools.product(NAMES, EDITS),
+        ("Saver", add_space),
+        ("prefetch", add_comment),
+        ("make_optimizer", add_line),
+    ),
 )
 def test_changed_copy_is_found_and_fixed(root, name, edit):
     for path in scripts_with(name, root):
@@ -116,7 +126,7 @@ def test_difference_by_objective_is_not_fixed_but_limited(root):
 
 def test_definitions_do_not_overlap():
     for path in copies.find_scripts():
-        for first, second in pairwise(definitions_of(path).values()):
+        for first, second in itertools.pairwise(definitions_of(path).values()):
             assert first.stop <= second.start
 
 

@@ -14,7 +14,15 @@ import pytest
 from flax import serialization
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
-from training_scripts import Place, checkpoints, template_alone
+from training_scripts import (
+    SCRIPTS,
+    STREAM,
+    TEMPLATE,
+    Place,
+    checkpoints,
+    full_but,
+    template_alone,
+)
 
 
 def plan_losses(script):
@@ -99,6 +107,7 @@ def output_dir(place, request):
     shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE, STREAM), ids=str, indirect=True)
 def test_the_best_is_kept_exported_and_evaluated(place, undisturbed, output_dir):
     assert checkpoints(undisturbed) == [4, 8]
     assert exported_step(undisturbed) == [4]
@@ -147,10 +156,12 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(place, undisturbed, output_dir
         assert (output_dir / name).read_bytes() == (undisturbed / name).read_bytes()
     # A signal may arrive in the last step. Its evaluation is then made by the second run, which
     # finds the checkpoint written and does not add the result to it.
-    found, expected = best_of(output_dir, 8), best_of(undisturbed, 8)
+    found = best_of(output_dir, 8)
+    expected = best_of(undisturbed, 8)
     if number == signal.SIGKILL:
         assert found == expected
-    assert [found["step"], found["eval_loss"]] == [expected["step"], expected["eval_loss"]]
+    for key in ("step", "eval_loss"):
+        assert found[key] == expected[key]
 
 
 def stop_in_evaluation(script):

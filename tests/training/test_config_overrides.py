@@ -9,7 +9,7 @@ import logging
 
 import pytest
 import transformers
-from training_scripts import LENGTH, TEMPLATE, Place, template_alone
+from training_scripts import LENGTH, TEMPLATE, Place, checkpoints, template_alone
 
 # A model of one layer for each family.
 TINY = {
@@ -48,14 +48,19 @@ def test_a_tiny_model_without_a_config_file(place):
         assert config[name] == int(value)
         assert f"{name} is {value}, not " in line
 
-    # The same command resumes, and evaluates what it has trained.
-    run = place.run("out", max_steps=3, do_train=True, **flags)
+
+@template_alone
+def test_the_same_command_resumes_and_another_model_does_not(place):
+    flags = tiny_flags(place)
+    for steps in (1, 2):
+        run = place.run("resumed", max_steps=steps, do_train=True, **flags)
+        assert (run.returncode, run.lines) == (0, [])
+    assert checkpoints(place.directory / "resumed") == [1, 2]
+    run = place.run("resumed", do_eval=True, **flags)
     assert (run.returncode, run.lines) == (0, [])
-    run = place.run("out", do_eval=True, **flags)
-    assert (run.returncode, run.lines) == (0, [])
-    # Another model does not resume.
+
     flags["config_overrides"] += f",{place.script.width}=32"
-    run = place.run("out", max_steps=4, do_train=True, **flags)
+    run = place.run("resumed", max_steps=3, do_train=True, **flags)
     assert run.returncode == 1
     assert place.script.width in run.stderr
 

@@ -27,8 +27,10 @@ def traced_steps(output_dir: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({"max_steps": 5}, [2, 3]), ({"max_steps": 2}, [2])],
-    ids=["within training", "training ends before"],
+    [
+        pytest.param({"max_steps": 5}, [2, 3], id="within training"),
+        pytest.param({"max_steps": 2}, [2], id="training ends before", marks=pytest.mark.full),
+    ],
 )
 def test_a_trace_of_the_steps(place, options, steps):
     name = f"steps{options['max_steps']}"

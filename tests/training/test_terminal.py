@@ -3,12 +3,23 @@
 import re
 import sys
 
-from training_scripts import Place, child_environment, run_at_terminal, template_alone
+import pytest
+from training_scripts import (
+    SCRIPTS,
+    STREAM,
+    TEMPLATE,
+    Place,
+    child_environment,
+    full_but,
+    run_at_terminal,
+    template_alone,
+)
 
 # The start of a progress bar of tqdm.
 BAR = re.compile(r"\d+%\|")
 
 
+@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE, STREAM), ids=str, indirect=True)
 def test_no_progress_bars_in_a_file(script, tmp_path):
     run = Place(script, tmp_path).run("out", max_steps=2, preprocessing_num_workers=2, save_steps=1)
     assert run.returncode == 0, run.stderr

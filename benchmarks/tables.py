@@ -289,13 +289,20 @@ TABLES = {
 
 
 def measured(name: str) -> str:
-    """Make the table of a file, and the line that says how it was measured.
+    """Make the table of a file, and the lines that say how it was measured, one for each command.
 
     For another table of the same file the name is FILE/TABLE.
     """
     file, _, other_table = name.partition("/")
     report = json.loads((RESULTS / f"{file}.json").read_text())
-    benchmark = re.match(r"python benchmarks/(\w+)\.py", report["command"])[1]
-    about = f"`{report['command']}`: {report['processor']}, JAX {report['jax']}."
-    about = textwrap.fill(about, 103, break_on_hyphens=False, break_long_words=False)
-    return f"{TABLES[other_table or benchmark](report['figures'])}\n{about}"
+    commands = report["command"]
+    if isinstance(commands, str):
+        commands = [commands]
+    benchmark = re.match(r"python benchmarks/(\w+)\.py", commands[0])[1]
+    parts = [f"`{command}`" for command in commands]
+    parts[-1] += f": {report['processor']}, JAX {report['jax']}."
+    lines = [
+        textwrap.fill(part, 103, break_on_hyphens=False, break_long_words=False) for part in parts
+    ]
+    table_text = TABLES[other_table or benchmark](report["figures"])
+    return "\n\n".join([table_text.rstrip("\n"), *lines])

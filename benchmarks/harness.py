@@ -351,7 +351,8 @@ class Notes:
         start     time at which the command was started
         segment   number of steps in a segment for `loop` and `bare`; none are timed without it
         product   data type and size of the matrices for `product_flops`
-        flops     whether to count the operations of a step, which takes a trace; true by default
+        flops     whether to count the operations of a step and to plan its memory, which takes
+                  seconds; true by default
     """
 
     def __init__(self, script, settings: dict):
@@ -464,6 +465,9 @@ class Notes:
         if self.settings.get("flops", True):
             traced = jax.make_jaxpr(self.undonated_train_step)(*self.last)
             found["flops"] = count_flops(traced.jaxpr) * jax.device_count()
+            # The compiled step lies in the persistent cache.
+            plan = self.train_step.lower(*self.last).compile().memory_analysis()
+            found["planned_bytes"] = plan.argument_size_in_bytes + plan.temp_size_in_bytes
         if len(self.dispatched) > WARM_UP:
             # The host stays one step ahead of the devices.
             seconds = self.dispatched[-1] - self.dispatched[WARM_UP - 1]
@@ -479,9 +483,6 @@ class Notes:
         peaks = [stats["peak_bytes_in_use"] for stats in memory if stats]
         found["peak_bytes"] = max(peaks, default=None)
         found["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # The compiled step lies in the persistent cache.
-        plan = self.train_step.lower(*self.last).compile().memory_analysis()
-        found["planned_bytes"] = plan.argument_size_in_bytes + plan.temp_size_in_bytes
         found["device"] = jax.local_devices()[0].device_kind
         found["jax"] = jax.__version__
         if jax.process_index() == 0:

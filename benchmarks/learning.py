@@ -23,6 +23,7 @@ the script without dropout.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -323,8 +324,9 @@ def draw(figures: list[dict], output: Path) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(curves.STYLE):
-        figure = Figure(figsize=(9, 5.5), layout="constrained")
-        panels = figure.subplots(2, (len(figures) + 1) // 2, squeeze=False).flatten()
+        num_rows = math.ceil(len(figures) / 2)
+        figure = Figure(figsize=(9, 3 * num_rows), layout="constrained")
+        panels = figure.subplots(num_rows, 2, squeeze=False).flatten()
         for axes, runs in zip(panels, figures, strict=False):
             axes.set_title(f"{runs['objective']}: eval_loss")
             for name, color, style in (

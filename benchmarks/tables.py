@@ -235,7 +235,7 @@ def pytorch(figures: list[dict]) -> str:
         line = [
             f"{row['objective']}, {row['size']}, {row['dtype']}",
             f"{statistics.median(ratios):.2f}",
-            both_sides(runs, "steps_per_second", 1, 1),
+            both_sides(runs, "steps_per_second", 1, 2),
             both_sides(runs, "first_step", 1, 0),
             both_sides(runs, "run", 1, 0),
             both_sides(runs, "memory", 1e9, 1),
@@ -298,7 +298,7 @@ def measured(name: str) -> str:
     commands = report["command"]
     if isinstance(commands, str):
         commands = [commands]
-    benchmark = re.match(r"python benchmarks/(\w+)\.py", commands[0])[1]
+    benchmark = re.search(r"python benchmarks/(\w+)\.py", commands[0])[1]
     parts = [f"`{command}`" for command in commands]
     parts[-1] += f": {report['processor']}, JAX {report['jax']}."
     lines = [

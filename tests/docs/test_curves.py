@@ -80,8 +80,9 @@ def assert_on_one_scale(logged: np.ndarray, drawn: np.ndarray):
 
 @pytest.mark.parametrize("script", SCRIPTS[:2], ids=str)
 def test_curves_are_what_was_logged(script, tmp_path):
-    place = Place(script, tmp_path)
-    run = place.run("out", max_steps=180, logging_steps=30, eval_steps=60, learning_rate=0.01)
+    # With these settings the accuracy changes from one evaluation to the next.
+    place = Place(script, tmp_path, dropout=False)
+    run = place.run("out", max_steps=180, logging_steps=30, eval_steps=60, learning_rate=0.003)
     assert run.returncode == 0, run.stderr
     picture = tmp_path / "curves.svg"
     root = draw(tmp_path / "out", picture)

@@ -19,7 +19,8 @@ versions, exactly repeatable. Columns, in GB of 10^9 bytes:
     bound          the larger of the times that the two take at the device's rates, in ms
 
 Steps: `train` is the train step as the script builds it, `evaluation` its evaluation step, `plain`
-the train step with the logits of all positions, one-hot labels and no recomputation.
+the train step with the logits of all positions, one-hot labels, JAX's "rbg" for dropout and no
+recomputation.
 
 TPUs need the package libtpu, GPUs need CUDA's packages (benchmarks/accelerators.txt).
 """
@@ -284,6 +285,8 @@ def lower_step(objective: str, config, workload: Workload, dtype: str, flags: st
             plain_loss_fn = make_plain_loss_fn(objective, script.IGNORE, model)
             make_loss_fn = mock.Mock(return_value=plain_loss_fn)
             patches.enter_context(mock.patch.object(script, "make_loss_fn", make_loss_fn))
+            prng = mock.Mock(return_value="rbg")
+            patches.enter_context(mock.patch.object(script, "dropout_prng", prng))
         p_train_step, p_eval_step = script.make_steps(args, model, collator, schedule)
 
     accumulation = [args.gradient_accumulation_steps] if step != "evaluation" else []

@@ -687,7 +687,7 @@ def part_to_recompute(args, length: int) -> str:
     """The part of the model that the backward pass recomputes: "none", or a part of `recompute`.
 
     By default it is attention if sequences have 512 tokens or more. So the documented commands fit
-    a TPU v3-8, for 7% to 11% more operations (benchmarks/accelerators.py).
+    a TPU v3-8, for 7% to 10% more operations (benchmarks/accelerators.py).
     """
     if args.gradient_checkpointing == "auto":
         return "attention" if length >= 512 else "none"

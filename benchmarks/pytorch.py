@@ -4,7 +4,7 @@
     make pytorch
     python benchmarks/pytorch.py [--python .venv-pytorch/bin/python] [--objectives masked causal]
         [--sizes small base] [--dtypes float32 bfloat16] [--rows 8] [--length 128] [--steps 300]
-        [--pairs 3] [--compile] [--json FILE]
+        [--pairs 3] [--gradient_checkpointing auto] [--compile] [--json FILE]
 
 PyTorch's side is the Trainer of Transformers 5 with its models (scaled_dot_product_attention) and
 DataCollatorForLanguageModeling. It runs in an environment of its own. Transformers has no collators
@@ -16,7 +16,7 @@ of the pairs:
     first step    seconds from the command to the end of the first step
     run           seconds of the whole process
     memory        peak in GB: of the device, or, on a CPU, of the process
-    eval loss     of the same evaluation set, which each side masks in its own way
+    eval loss     of the same 48 sequences, which each side masks in its own way
 """
 
 import argparse
@@ -33,6 +33,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = ("masked", "causal", "span-masked", "denoising")
 WARM_UP = 10  # steps
+# The evaluation set, in sequences, and a batch of it. No batch is left incomplete.
+NUM_EVAL = 48
+EVAL_ROWS = 8
 FLAGS = {
     "learning_rate": 1e-4,
     "weight_decay": 0.01,
@@ -60,9 +63,13 @@ def make_pytorch_model(model_type: str, folder: str):
     return auto_class.from_config(transformers.AutoConfig.from_pretrained(folder))
 
 
-def read_blocks(tokenizer, text: str, length: int) -> list[dict]:
-    """Tokenize a text file, concatenate its lines and cut them into blocks of `length` tokens."""
-    lines = Path(text).read_text("utf-8").splitlines(keepends=True)
+def read_blocks(tokenizer, text: str, settings: dict) -> list[dict]:
+    """Tokenize a text file, concatenate its lines and cut them into blocks, as the scripts do.
+
+    Only the causal script keeps the line breaks.
+    """
+    length = settings["length"]
+    lines = Path(text).read_text("utf-8").splitlines(keepends=settings["objective"] == "causal")
     tokens = []
     for ids in tokenizer(lines, verbose=False)["input_ids"]:
         tokens += ids
@@ -133,7 +140,7 @@ def run_pytorch(settings: dict) -> None:
     arguments = transformers.TrainingArguments(
         output_dir=settings["output_dir"],
         per_device_train_batch_size=settings["rows"],
-        per_device_eval_batch_size=8,
+        per_device_eval_batch_size=EVAL_ROWS,
         max_steps=settings["steps"],
         lr_scheduler_type="linear",
         optim="adamw_torch_fused" if has_gpu else "adamw_torch",
@@ -154,8 +161,8 @@ def run_pytorch(settings: dict) -> None:
         model,
         arguments,
         data_collator=make_collator(tokenizer, settings),
-        train_dataset=read_blocks(tokenizer, settings["text"], settings["length"]),
-        eval_dataset=read_blocks(tokenizer, settings["eval_text"], settings["length"]),
+        train_dataset=read_blocks(tokenizer, settings["text"], settings),
+        eval_dataset=read_blocks(tokenizer, settings["eval_text"], settings)[:NUM_EVAL],
         callbacks=[step_times.callback()],
     )
     trainer.train()
@@ -197,7 +204,7 @@ class Comparison:
         self.text = harness.write_corpus(directory, args.megabytes)
         self.eval_text = directory / "eval.txt"
         lines = self.text.read_text("utf-8").splitlines(keepends=True)
-        self.eval_text.write_text("".join(lines[:: max(1, len(lines) // 500)]), "utf-8")
+        self.eval_text.write_text("".join(lines[:: max(1, len(lines) // 4000)]), "utf-8")
         self.folder = harness.write_model(
             directory, self.text, self.model_type, size, args.length, args.vocab_size
         )
@@ -263,11 +270,13 @@ class Comparison:
             model_name_or_path=self.folder,
             validation_file=self.eval_text,
             do_eval=True,
-            per_device_eval_batch_size=self.args.rows,
+            per_device_eval_batch_size=EVAL_ROWS,
+            max_eval_samples=NUM_EVAL,
             max_steps=self.args.steps,
             eval_steps=10**6,
             logging_steps=self.args.steps,
             dtype=self.dtype,
+            gradient_checkpointing=self.args.gradient_checkpointing,
             **FLAGS,
         )
         # The command of the other benchmarks trains from scratch.
@@ -330,6 +339,7 @@ def main():
     parser.add_argument("--vocab_size", type=int, default=8000)
     parser.add_argument("--megabytes", type=float, default=1, help="size of the text")
     parser.add_argument("--product", type=int, default=2048, help="size of the large product")
+    parser.add_argument("--gradient_checkpointing", default="auto", help="of the script")
     parser.add_argument("--compile", action="store_true", help="PyTorch uses torch.compile")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()

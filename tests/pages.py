@@ -164,8 +164,10 @@ SHELL = {
     # A stand-in.
     "srun ": "./srun ",
     "--vocab_size 32000": "--vocab_size 500",
+    # A smaller model than BERT-base: the one that the README's recipe has trained.
     "run_bert_flax.py": (
-        "run_bert_flax.py --batch_size=2 --seq_length=8 --num_warmup=0 --num_iters=1"
+        "run_bert_flax.py --model_name_or_path=my-roberta"
+        " --batch_size=2 --seq_length=8 --num_warmup=0 --num_iters=1"
     ),
 }
 # Flags that these replacements add.
@@ -173,6 +175,7 @@ ADDED = (
     "inspect",
     "dry",
     "directory",
+    "model_name_or_path",
     "batch_size",
     "seq_length",
     "num_warmup",

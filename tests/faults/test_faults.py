@@ -1,8 +1,8 @@
 """After a kill, a signal, damage or a full disk, every training script resumes to the same weights.
 
-All tests run for the template, whose programs are optimized as they are for users. For each other
-script one is enough: its code for faults is word for word the same, and a run that is killed,
-stopped and resumed shows that it calls it in the same way.
+All tests run for the template, whose programs are optimized as they are for users. For the other
+scripts one is enough: their code for faults is word for word the same, and a run that is killed,
+stopped and resumed shows that they call it in the same way.
 """
 
 import json
@@ -21,6 +21,9 @@ import numpy as np
 import pytest
 from outputs import bits, check_whole, differing, logged_steps, outcome, state_of
 from training_scripts import (
+    SCRIPTS,
+    STREAM,
+    T5,
     TEMPLATE,
     Place,
     checkpoints,
@@ -42,6 +45,10 @@ TRAINING = {
     "logging_steps": 1,
     "eval_steps": 20,
 }
+# The states of the causal and the denoising script have the form of the template's.
+each_kind_of_state = pytest.mark.parametrize(
+    "script", full_but(SCRIPTS, TEMPLATE, T5, STREAM), ids=str, indirect=True
+)
 
 
 # ---------------------------------------------------------------------------------------
@@ -100,6 +107,7 @@ def copied(undisturbed, output_dir) -> Path:
     return output_dir
 
 
+@each_kind_of_state
 def test_both_exports_have_the_weights_of_the_last_checkpoint(undisturbed, expected, tmp_path):
     """The class that config.json names reads each file of weights without the other."""
     import transformers
@@ -227,6 +235,7 @@ def test_killed_again_and_again(place, undisturbed, expected, output_dir):
 
 
 @other_scripts
+@each_kind_of_state
 def test_killed_and_stopped(place, undisturbed, expected, output_dir):
     kill_itself_at(place, output_dir, "between checkpoint and export")
     killed = checkpoints(output_dir)
@@ -642,6 +651,7 @@ def without_optimizers(script):
     del optax.adamw, optax.adafactor
 
 
+@each_kind_of_state
 def test_evaluation_alone_has_no_optimizer(place, undisturbed, expected):
     """The state of an optimizer takes the memory of two more models."""
     changes = {"do_eval": True, "model_name_or_path": undisturbed, "config_name": None}

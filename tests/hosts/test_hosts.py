@@ -15,7 +15,6 @@ from outputs import evaluation, losses
 from safetensors.numpy import load_file
 from training_scripts import (
     SCRIPTS,
-    T5,
     TEMPLATE,
     Place,
     checkpoints,
@@ -76,7 +75,7 @@ def check_same(a: Path, b: Path):
     assert evaluation(a) == pytest.approx(evaluation(b), rel=1e-4)
 
 
-@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE, T5), ids=str, indirect=True)
+@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE), ids=str, indirect=True)
 def test_eight_devices_with_accumulation_train_as_one(place, one_device):
     run = place.run("eight_devices", **eight_devices(place), devices=8)
     assert (run.returncode, run.lines) == (0, [])

@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
-from training_scripts import LENGTH, NUM_WORDS
+from training_scripts import LENGTH, NUM_WORDS, SCRIPTS, TEMPLATE, full_but
 from transformers import AutoConfig
 
 NUM_ROWS = 256
 FREQUENT_ID = 7
+# All scripts have the same interceptor.
+template_or_full = pytest.mark.parametrize(
+    "script", full_but(SCRIPTS, TEMPLATE), ids=str, indirect=True
+)
 
 
 class Gradients(TrainState):
@@ -108,6 +112,7 @@ def largest_error(grads: dict, exact: dict) -> float:
     return max(errors)
 
 
+@template_or_full
 def test_gradients_of_tables_are_summed_in_float32(measured):
     """Without `embed_in_float32` they are far off. If that fails, Flax has fixed it."""
     exact = measured["float32"].grads
@@ -115,6 +120,7 @@ def test_gradients_of_tables_are_summed_in_float32(measured):
     assert largest_error(measured["rounded before"].grads, exact) > 0.1
 
 
+@template_or_full
 def test_embed_does_not_change_the_loss(measured):
     """The sums of a step are equal bit by bit with and without `embed`."""
     totals = measured["bfloat16"].totals

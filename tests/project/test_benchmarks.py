@@ -106,6 +106,7 @@ def test_help_says_the_command(path: Path):
     assert f"python benchmarks/{path.name}" in done.stdout
 
 
+@pytest.mark.full
 def test_inference_reads_the_report_of_the_script(tmp_path):
     import inference
     from transformers import BertConfig, FlaxAutoModel

@@ -9,7 +9,16 @@ import logging
 
 import pytest
 import transformers
-from training_scripts import LENGTH, TEMPLATE, Place, checkpoints, template_alone
+from training_scripts import (
+    LENGTH,
+    SCRIPTS,
+    T5,
+    TEMPLATE,
+    Place,
+    checkpoints,
+    full_but,
+    template_alone,
+)
 
 # A model of one layer for each family.
 TINY = {
@@ -37,6 +46,7 @@ def tiny_flags(place: Place) -> dict:
     return {"config_name": None, "model_type": model_type, "config_overrides": overrides}
 
 
+@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE, T5), ids=str, indirect=True)
 def test_a_tiny_model_without_a_config_file(place):
     flags = tiny_flags(place)
     run = place.run("out", max_steps=2, do_train=True, **flags)

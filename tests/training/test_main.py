@@ -15,7 +15,7 @@ import huggingface_hub
 import jax
 import pytest
 import transformers
-from training_scripts import SCRIPTS, checkpoints, write_text
+from training_scripts import SCRIPTS, T5, TEMPLATE, checkpoints, full_but, write_text
 
 
 def settings_of_process() -> dict:
@@ -32,12 +32,17 @@ def settings_of_process() -> dict:
     }
 
 
-def test_main_runs_several_times_in_one_process(tmp_path, monkeypatch):
-    """Four scripts run one after the other, and the first one again, with the same result."""
+IN_BATCHES = [script for script in SCRIPTS if not script.is_stream]
+
+
+@pytest.mark.parametrize(
+    "scripts", full_but([IN_BATCHES, [TEMPLATE, T5]], [TEMPLATE, T5]), ids=["all", "two"]
+)
+def test_main_runs_several_times_in_one_process(tmp_path, monkeypatch, scripts):
+    """Scripts run one after the other, and the first one again, with the same result."""
     text = write_text(tmp_path / "text.txt", 60, seed=1)
     before = settings_of_process()
     losses = []
-    scripts = [script for script in SCRIPTS if not script.is_stream]
     for script in [*scripts, scripts[0]]:
         directory = tmp_path / script.path.stem
         if not directory.exists():
@@ -63,7 +68,6 @@ def test_main_runs_several_times_in_one_process(tmp_path, monkeypatch):
         assert math.isfinite(results["eval_loss"])
         assert settings_of_process() == before
         losses.append(results["eval_loss"])
-    assert len(losses) == 5
     assert losses[0] == losses[-1]
 
 

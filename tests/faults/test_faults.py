@@ -661,6 +661,7 @@ def test_evaluation_alone_has_no_optimizer(place, undisturbed, expected):
     assert results == expected["eval_results.json"]
 
 
+@each_kind_of_state
 def test_steps_compile_once(place, undisturbed):
     compiled = (place.directory / "compiles").read_text().split("\n")
     # Since jax 0.8 each function under pmap is called _fun.

@@ -39,7 +39,7 @@ ALWAYS_UNTIED = ("gptj", "llama", "mistral")
 KEY = jax.random.key(0, impl="rbg")
 
 
-@pytest.fixture(scope="module", params=full_but(CAUSAL, "gpt2", "llama", "opt"))
+@pytest.fixture(scope="module", params=full_but(CAUSAL, "gpt2", "llama"))
 def family(request) -> str:
     return request.param
 

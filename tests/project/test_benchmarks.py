@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_scripts import ROOT
+from training_scripts import ROOT, full_but
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness
@@ -14,7 +14,7 @@ PARTS = ("imports", "data", "initialization", "compilation")
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
-@pytest.mark.parametrize("length", [16, 32])
+@pytest.mark.parametrize("length", full_but([16, 32], 32))
 def test_operations_of_a_gpt2_step_by_the_formula(length):
     """A step takes 6 operations per weight of a matrix and token, and those of attention.
 
@@ -49,6 +49,7 @@ def test_operations_of_a_gpt2_step_by_the_formula(length):
     assert harness.count_flops(traced.jaxpr) == 6 * num_tokens * (matrices + attention)
 
 
+@pytest.mark.full
 def test_harness_runs_a_script_as_it_is(tmp_path):
     """The notes of a run of GPT-2 hold what they should, and the run saves its checkpoint."""
     (tmp_path / "all").mkdir()

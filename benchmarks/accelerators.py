@@ -5,7 +5,8 @@
     make accelerators
     python benchmarks/accelerators.py [--targets v3-8 v5e-8 h100] [--dtypes float32 bfloat16]
         [--objectives masked causal span-masked denoising] [--rows N] [--length N]
-        [--flags=--gradient_checkpointing] [--steps train plain evaluation] [--json FILE]
+        [--flags=--gradient_checkpointing] [--steps train plain evaluation] [--buffers]
+        [--json FILE]
 
 Without --rows and --length, the sizes are those of the documented commands. No step is run: XLA's
 compiler plans its memory (`memory_analysis`), and counts its operations and the bytes that it moves
@@ -21,6 +22,9 @@ versions, exactly repeatable. Columns, in GB of 10^9 bytes:
 Steps: `train` is the train step as the script builds it, `evaluation` its evaluation step, `plain`
 the train step with the logits of all positions, one-hot labels, JAX's "rbg" for dropout and no
 recomputation.
+
+With --buffers, a list follows each step: the arrays that fill the memory at the peak of the
+compiled program (benchmarks/buffers.py).
 
 TPUs need the package libtpu, GPUs need CUDA's packages (benchmarks/accelerators.txt).
 """
@@ -44,6 +48,7 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 # way, do not fit the products of T5 (JAX 0.10.2).
 GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GPU_FLAGS}".strip()
+import buffers
 import harness
 import jax
 import jax.numpy as jnp
@@ -301,10 +306,11 @@ def lower_step(objective: str, config, workload: Workload, dtype: str, flags: st
     return p_train_step.lower(*on_all_devices((state, totals, batch), len(devices)))
 
 
-def compile_step(lowered) -> dict[str, float]:
-    """Compile a lowered step. Returns its figures for one device, in bytes and operations.
+def compile_step(lowered) -> tuple[dict, jax.stages.Compiled | None]:
+    """Compile a lowered step. Returns its figures for one device, and the program.
 
-    If it does not fit, they are the temporaries that the step `needed`, and the `limit`.
+    The figures are in bytes and operations. If the step does not fit, they are the temporaries that
+    it `needed`, and the `limit`, and there is no program.
     """
     try:
         compiled = lowered.compile()
@@ -315,7 +321,7 @@ def compile_step(lowered) -> dict[str, float]:
         if not found:
             raise
         # These gigabytes are of 2^30 bytes.
-        return {"needed": float(found[1]) * 2**30, "limit": float(found[2]) * 2**30}
+        return {"needed": float(found[1]) * 2**30, "limit": float(found[2]) * 2**30}, None
     memory = compiled.memory_analysis()
     figures = {
         "state": memory.argument_size_in_bytes,
@@ -324,7 +330,7 @@ def compile_step(lowered) -> dict[str, float]:
     cost = compiled.cost_analysis()
     if cost:
         figures |= {"flops": cost["flops"], "bytes": cost["bytes accessed"]}
-    return figures
+    return figures, compiled
 
 
 # ------------------------------------------------------------------------------------ report
@@ -360,6 +366,7 @@ def main():
     parser.add_argument("--rows", type=int, help="sequences on a device")
     parser.add_argument("--length", type=int, help="tokens in a sequence")
     parser.add_argument("--flags", default="", help="more flags of the script, in one argument")
+    parser.add_argument("--buffers", action="store_true", help="list what fills the memory")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
 
@@ -380,6 +387,7 @@ def main():
                     lowered = lower_step(
                         objective, config, workload, dtype, args.flags, step, devices
                     )
+                    figures, program = compile_step(lowered)
                     row = {
                         "target": target,
                         "objective": objective,
@@ -388,10 +396,12 @@ def main():
                         "rows": workload.rows,
                         "length": workload.length,
                         "flags": f"{workload.flags} {args.flags}".strip(),
-                        "figures": compile_step(lowered),
+                        "figures": figures,
                     }
                     rows.append(row)
                     print(report_line(row), flush=True)
+                    if args.buffers and program:
+                        print(buffers.report(buffers.find_peak(program.as_text())), flush=True)
                     harness.write_json(args.json, rows)
 
 

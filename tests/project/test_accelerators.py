@@ -46,7 +46,7 @@ def figures(devices, objective: str, dtype: str, flags: str, step: str, rows: in
     lowered = accelerators.lower_step(
         objective, tiny_config(objective), workload, dtype, flags, step, devices
     )
-    return accelerators.compile_step(lowered)
+    return accelerators.compile_step(lowered)[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

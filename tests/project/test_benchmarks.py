@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from training_scripts import ROOT, full_but
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import buffers
 import harness
 
 PARTS = ("imports", "data", "initialization", "compilation")
@@ -136,3 +139,60 @@ def test_inference_reads_the_report_of_the_script(tmp_path):
     # The program of the plain variant reads the same flags and fails with the script's message.
     with pytest.raises(SystemExit, match="--num_iters 0: it must be at least 1"):
         inference.compare(["-c", inference.PLAIN], ["--num_iters=0"])
+
+
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%body.1 (state.1: (s32[], f32[100])) -> (s32[], f32[100]) {
+  %state.1 = (s32[]{:T(128)}, f32[100]{0:T(128)}) parameter(0)
+  %index.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %sum.1 = f32[100]{0:T(128)} get-tuple-element(%state.1), index=1
+  %inner.1 = f32[3,100]{1,0:T(8,128)} fusion(%sum.1), kind=kLoop, metadata={op_name="scan/inner"}
+  %next.1 = f32[100]{0:T(128)} fusion(%inner.1), kind=kLoop
+  ROOT %result.1 = (s32[]{:T(128)}, f32[100]{0:T(128)}) tuple(%index.1, %next.1)
+}
+
+ENTRY %main.1 (x.1: f32[16,128]) -> (f32[16,128], f32[100]) {
+  %x.1 = f32[16,128]{1,0:T(8,128)} parameter(0)
+  %a.1 = f32[16,128]{1,0:T(8,128)} fusion(%x.1), kind=kLoop, metadata={op_name="layer_0/mul"}
+  %pair.1 = (bf16[16,100]{1,0:T(8,128)(2,1)}, f32[100]{0:T(128)}) fusion(%a.1), kind=kLoop
+  %b.1 = bf16[16,100]{1,0:T(8,128)(2,1)} get-tuple-element(%pair.1), index=0
+  %start.1 = f32[100]{0:T(128)} get-tuple-element(%pair.1), index=1
+  %fast.1 = f32[16,128]{1,0:T(8,128)S(1)} fusion(%b.1), kind=kLoop
+  %zero.1 = s32[]{:T(128)} constant(0)
+  %first.1 = (s32[]{:T(128)}, f32[100]{0:T(128)}) tuple(%zero.1, %start.1)
+  %loop.1 = (s32[]{:T(128)}, f32[100]{0:T(128)}) while(%first.1), condition=%end.1, body=%body.1
+  %sum.2 = f32[100]{0:T(128)} get-tuple-element(%loop.1), index=1
+  ROOT %out.1 = (f32[16,128]{1,0:T(8,128)}, f32[100]{0:T(128)}) tuple(%a.1, %sum.2)
+}
+"""
+
+
+def test_the_peak_of_a_program_by_hand():
+    """Padding to tiles, memory of the chip, elements of tuples, loops and results."""
+    peak = buffers.find_peak(PROGRAM)
+    # In the loop: `a`, which is a result, 16 x 128 x 4 bytes; `start`, 128 x 4 bytes; inside,
+    # `inner`, 3 rows in a tile of 8, 8 x 128 x 4 bytes, and `next`, 128 x 4 bytes. `b` is no longer
+    # read, and `fast` is on the chip.
+    assert sorted(one.num_bytes for one in peak.buffers) == [512, 512, 4096, 8192]
+    assert (peak.num_bytes, peak.instruction) == (13312, "next.1")
+    assert "scan/inner" in buffers.report(peak)
+
+
+def test_the_peak_is_that_of_the_compilers_plan():
+    """A program of layers whose results the backward pass reads, compiled for this CPU."""
+
+    def loss(weights, x):
+        for weight in weights:
+            x = jnp.tanh(x @ weight)
+        return x.sum()
+
+    weights = [jnp.ones((256, 256)) for _ in range(6)]
+    compiled = jax.jit(jax.grad(loss)).lower(weights, jnp.ones((2048, 256))).compile()
+    planned = compiled.memory_analysis().temp_size_in_bytes
+    # The gradients are results, which the plan does not count.
+    gradients = 6 * 256 * 256 * 4
+    peak = buffers.find_peak(compiled.as_text()).num_bytes
+    assert planned > 6 * 2048 * 256 * 4
+    assert planned - gradients <= peak <= planned + gradients

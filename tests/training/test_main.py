@@ -29,6 +29,7 @@ def settings_of_process() -> dict:
         "datasets bars": datasets.are_progress_bars_disabled(),
         "hub bars": huggingface_hub.utils.are_progress_bars_disabled(),
         "cache": jax.config.jax_compilation_cache_dir,
+        "kept programs": jax.config.jax_persistent_cache_min_compile_time_secs,
     }
 
 

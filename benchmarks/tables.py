@@ -178,9 +178,6 @@ def accelerators(rows: list[dict]) -> str:
         key = (row["target"], row["objective"], row["dtype"])
         steps.setdefault(key, {"size": f"{row['rows']} x {row['length']}"})
         steps[key][row["step"]] = row["figures"]
-        # A step that was compiled before dropout masks became a hash.
-        if row["step"] == "train":
-            steps[key]["has_rbg"] = row.get("dropout") == "rbg"
     lines = []
     for (target, objective, dtype), found in steps.items():
         train = found["train"]
@@ -188,7 +185,7 @@ def accelerators(rows: list[dict]) -> str:
         line = [
             target,
             f"{objective}, {found['size']}",
-            f"{dtype}, rbg" if found["has_rbg"] else dtype,
+            dtype,
             f"{train['state'] / 1e9:.1f}",
             f"{train['temporaries'] / 1e9:.1f}",
         ]

@@ -646,7 +646,7 @@ def part_to_recompute(args, length: int) -> str:
     """The part of the model that the backward pass recomputes: "none", or a part of `recompute`.
 
     By default it is attention if sequences have 512 tokens or more. So the documented commands fit
-    a TPU v3-8, for 7% to 10% more operations (benchmarks/accelerators.py).
+    a TPU v3-8, for about 10% more operations (benchmarks/accelerators.py).
     """
     if args.gradient_checkpointing == "auto":
         return "attention" if length >= 512 else "none"
@@ -2651,8 +2651,9 @@ def keep_compiled_programs(args, undo: ExitStack) -> None:
     """Let a second start take its compiled programs from a folder in --cache_dir.
 
     JAX's own settings, such as JAX_COMPILATION_CACHE_DIR, come first. By default JAX keeps no
-    program that compiles in less than a second. The programs of a small model do: its second start
-    is a second faster if they are kept, too. `undo` gets what restores the settings.
+    program that compiles in less than a second. The programs of a small model do. If they are kept,
+    too, a second start of it takes 4 to 5 seconds in place of 5 to 6 (benchmarks/startup.py
+    --smoke). `undo` gets what restores the settings.
     """
     settings = {}
     if not jax.config.jax_compilation_cache_dir:

@@ -24,7 +24,6 @@ def test_operations_of_a_gpt2_step_by_the_formula(length):
     The formula is that of Kaplan et al., 2020, table 1, which has 2 for the forward pass alone.
     Here causal attention is computed in full.
     """
-    import jax
     import numpy as np
     from transformers import FlaxGPT2LMHeadModel, GPT2Config
 

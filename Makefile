@@ -13,7 +13,7 @@ PYTHON_OLDEST ?= $(shell python3.10 -c '' 2>/dev/null && echo python3.10 || echo
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_OLDEST := $(OLDEST)/.installed
-INSTALLED_ACCELERATORS := $(ACCELERATORS)/.installed
+INSTALLED_ACCELERATORS := $(ACCELERATORS)/.installed-accelerators
 INSTALLED_PYTORCH := $(PYTORCH)/.installed
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 

@@ -261,6 +261,15 @@ def learning(figures: list[dict]) -> str:
     return table((*header, *differences), rows)
 
 
+def operations(figures: dict) -> str:
+    """Where the time of a step goes, as fractions of the time of all operations."""
+    rows = []
+    for name, found in figures.items():
+        shares = [f"{found[kind]:.0%}" for kind in ("products", "copies", "others")]
+        rows.append((name, *shares))
+    return table(("step", "products", "copies", "others"), rows)
+
+
 def large_text(figures: dict) -> str:
     rows = []
     for name, found in figures.items():
@@ -284,6 +293,7 @@ TABLES = {
     "batches": batches,
     "pytorch": pytorch,
     "learning": learning,
+    "operations": operations,
     "large_text": large_text,
 }
 

@@ -23,7 +23,7 @@ from training_scripts import (
     wait_for,
 )
 
-STEPS = 30
+STEPS = 18
 FEWER_STEPS = 12
 SAVE_STEPS = 3
 TRAINING = {
@@ -31,7 +31,7 @@ TRAINING = {
     "save_steps": SAVE_STEPS,
     "save_total_limit": 20,
     "logging_steps": 1,
-    "eval_steps": 20,
+    "eval_steps": 12,
 }
 ONE_DEVICE = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 5}
 

@@ -1,5 +1,7 @@
 """The benchmarks measure what they say. No test here asserts a time."""
 
+import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from training_scripts import ROOT, full_but
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import buffers
 import harness
+import operations
 
 PARTS = ("imports", "data", "initialization", "compilation")
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -107,6 +110,19 @@ def test_help_says_the_command(path: Path):
     command = [sys.executable, path, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert f"python benchmarks/{path.name}" in done.stdout
+
+
+def test_times_of_a_trace_by_kind_of_operation(tmp_path):
+    named = {"dot.3": 8, "ynn_fusion": 4, "copy_bitcast_fusion.1": 2, "add_fusion.12": 1}
+    events = [{"name": name, "dur": dur, "args": {"hlo_op": name}} for name, dur in named.items()]
+    # The other events are those of the host, and names of threads.
+    others = [{"name": "train", "dur": 99, "args": {"step_num": 1}}, {"name": "thread_name"}]
+    trace = tmp_path / "vm.trace.json.gz"
+    trace.write_bytes(gzip.compress(json.dumps({"traceEvents": events * 2 + others}).encode()))
+    times = operations.read_times(trace)
+    assert times == {name: 2 * dur for name, dur in named.items()}
+    kinds = [operations.kind(operation) for operation in named]
+    assert kinds == ["products", "products", "copies", "others"]
 
 
 @pytest.mark.full

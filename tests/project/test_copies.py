@@ -92,14 +92,20 @@ EDITS = (add_comment, add_space, add_line)
     ),
 )
 def test_changed_copy_is_found_and_fixed(root, name, edit):
-    for path in scripts_with(name, root):
-        before = change(path, name, edit)
-        ((found, what, message),) = copies.find_differences(root)
-        assert (found, what) == (path, name)
-        assert path.name in message
-        assert copies.fix(root) == [(path, name)]
-        assert path.read_text("utf-8") == before
+    before = {path: change(path, name, edit) for path in scripts_with(name, root)}
+    differences = copies.find_differences(root)
+    assert [(path, what) for path, what, _ in differences] == [(path, name) for path in before]
+    assert all(path.name in message for path, _, message in differences)
+    assert copies.fix(root) == [(path, name) for path in before]
+    assert {path: path.read_text("utf-8") for path in before} == before
     assert copies.find_differences(root) == []
+
+
+def test_one_changed_copy_is_found(root):
+    path = scripts_with("Saver", root)[1]
+    change(path, "Saver", add_line)
+    ((found, what, _),) = copies.find_differences(root)
+    assert (found, what) == (path, "Saver")
 
 
 def test_changed_constant_is_found(root):

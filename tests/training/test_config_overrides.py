@@ -46,7 +46,7 @@ def tiny_flags(place: Place) -> dict:
     return {"config_name": None, "model_type": model_type, "config_overrides": overrides}
 
 
-@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE, T5), ids=str, indirect=True)
+@pytest.mark.parametrize("script", full_but(SCRIPTS, T5), ids=str, indirect=True)
 def test_a_tiny_model_without_a_config_file(place):
     flags = tiny_flags(place)
     run = place.run("out", max_steps=2, do_train=True, **flags)

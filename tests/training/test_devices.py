@@ -10,7 +10,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from training_scripts import Place, template_alone
+from training_scripts import SCRIPTS, T5, TEMPLATE, Place, full_but, template_alone
 from transformers import AutoConfig
 
 
@@ -72,6 +72,7 @@ def test_a_step_ahead_of_the_devices(place):
     assert max(num_ahead) <= 2
 
 
+@pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE, T5), ids=str)
 def test_initial_weights_leave_the_device(script, tmp_path):
     """The only copy of the weights on the device is in the training state.
 

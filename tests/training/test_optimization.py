@@ -302,7 +302,7 @@ NO_TOTALS = dict.fromkeys(
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "accumulation"), [(1, 1), (8, 1), (8, 4)], ids=["1x64", "8x8", "8x4x2"]
+    ("num_devices", "accumulation"), full_but([(1, 1), (8, 1), (8, 4)], (1, 1), (8, 4))
 )
 def test_step_on_any_layout_equals_the_plain_program(model, plain_run, num_devices, accumulation):
     history, expected_params = plain_run

@@ -459,6 +459,7 @@ class Notes:
         import jax
 
         found = self.found
+        found["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found["run"] = time.time() - self.settings["start"]
         batch = self.last[-1]
         found["tokens"] = batch["attention_mask"].size * jax.process_count()
@@ -482,7 +483,6 @@ class Notes:
         memory = [device.memory_stats() for device in jax.local_devices()]
         peaks = [stats["peak_bytes_in_use"] for stats in memory if stats]
         found["peak_bytes"] = max(peaks, default=None)
-        found["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found["device"] = jax.local_devices()[0].device_kind
         found["jax"] = jax.__version__
         if jax.process_index() == 0:

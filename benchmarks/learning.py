@@ -8,7 +8,7 @@
 
 A script trains a small model, and its batches are recorded. PyTorch trains its own class of the
 model on them, with torch.optim.AdamW and the same schedule in a plain loop. Each side evaluates
-the same recorded batches. Weights come from one file, which PyTorch writes. Five runs:
+the same recorded batches. Weights come from one file, which PyTorch writes. Runs:
 
     script        with dropout
     other seed    the same, with another seed: other batches, other dropout

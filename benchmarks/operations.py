@@ -6,7 +6,8 @@
         [--steps 10] [--top 0] [--json FILE]
 
 The scripts run as a whole, on Python's documentation, and write a trace of some steps
-(--profile_steps). Times are those of the threads, added up. Columns:
+(--profile_steps). Times are those of all threads, added up, so they can exceed the time of a step.
+The name of an operation decides how it counts. Columns:
 
     ms          of all operations of a step
     products    fraction in matrix products, and in the reductions that the compiler fuses with them

@@ -4,7 +4,8 @@
     make pytorch
     python benchmarks/pytorch.py [--python .venv-pytorch/bin/python] [--objectives masked causal]
         [--sizes small base] [--dtypes float32 bfloat16] [--rows 8] [--length 128] [--steps 300]
-        [--pairs 3] [--gradient_checkpointing auto] [--compile] [--json FILE]
+        [--pairs 3] [--vocab_size 8000] [--megabytes 1] [--product 2048]
+        [--gradient_checkpointing auto] [--compile] [--json FILE]
 
 PyTorch's side is the Trainer of Transformers 5 with its models (scaled_dot_product_attention) and
 DataCollatorForLanguageModeling. It runs in an environment of its own. Transformers has no collators

@@ -1,7 +1,6 @@
 """Locks, stops, changed settings and odd names: what happens around a run, in real processes.
 
-The code is word for word the same in all scripts, so the template is tested, and the others where
-their `main` is another one.
+The code is word for word the same in all scripts, so only the template is tested.
 """
 
 import itertools
@@ -71,10 +70,28 @@ def test_a_second_run_in_an_output_directory_is_refused(place, tmp_path):
     assert not (output_dir / ".lock").exists()
 
 
+def wait_for_the_other_run(script):
+    """Let a run take the lock only after two runs have seen that nobody has it."""
+    import os
+    import pathlib
+    import time
+
+    acquire = script.OutputLock.acquire
+
+    def late_acquire(lock):
+        pathlib.Path(f"checked-{os.getpid()}").touch()
+        while len(list(pathlib.Path().glob("checked-*"))) < 2:
+            time.sleep(0.01)
+        acquire(lock)
+
+    script.OutputLock.acquire = late_acquire
+
+
 def test_two_runs_that_start_at_once(place, finished, tmp_path):
     """One of them trains. The other one ends with one line and breaks nothing."""
     output_dir = tmp_path / "out"
-    runs = [place.start(output_dir, **TRAINING) for _ in range(2)]
+    options = {**TRAINING, "change": wait_for_the_other_run}
+    runs = [place.start(output_dir, **options) for _ in range(2)]
     codes = sorted(run.wait().returncode for run in runs)
     assert codes == [0, 1]
     (refused,) = [run for run in runs if run.returncode == 1]
@@ -103,9 +120,11 @@ def test_checkpoints_that_another_run_replaces_while_they_are_read(copied):
     command = [sys.executable, "-c", HOLD_LOCK, str(copied / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(run_mlm_flax.InputError, match="process 1 on host writes to it"):
-            run_mlm_flax.restore(found, state=None, settings={}, num_steps=12)
-        other.kill()
+        try:
+            with pytest.raises(run_mlm_flax.InputError, match="process 1 on host writes to it"):
+                run_mlm_flax.restore(found, state=None, settings={}, num_steps=12)
+        finally:
+            other.kill()
 
 
 # ---------------------------------------------------------------------------------------
@@ -131,7 +150,6 @@ def evaluate_slowly(script):
             pathlib.Path("left").write_text(str(len(batches)))
             while not pathlib.Path("sent").exists():
                 time.sleep(0.01)
-            time.sleep(0.1)
             yield batches.pop(0)
 
     script.eval_batches = slow_batches
@@ -152,17 +170,17 @@ def test_a_signal_stops_an_evaluation_between_two_batches(
     eval_steps = 6 if moment == "during training" else 100
     flags = {**TRAINING, "do_train": True, "do_eval": True, "eval_steps": eval_steps}
     flags["per_device_eval_batch_size"] = 1
+    left = place.directory / "left"
+    sent = place.directory / "sent"
+    for file in (left, sent):
+        file.unlink(missing_ok=True)
     run = place.start(output_dir, **flags, change=evaluate_slowly)
     step = 6 if moment == "during training" else 12
-    left = place.directory / "left"
     wait_for(lambda: f"Step {step}: train_loss" in run.stderr and left.exists(), run)
     run.send_signal(number)
-    sent = place.directory / "sent"
     sent.touch()
     run.wait()
     assert int(left.read_text()) > 1
-    left.unlink()
-    sent.unlink()
     assert (run.returncode, run.lines) == (128 + number, [])
     assert not (output_dir / "eval_results.json").exists()
     assert checkpoints(output_dir)[-1] >= step
@@ -181,23 +199,23 @@ def ignore_sighup(script):
 
 
 def test_nohup_holds(place, tmp_path):
-    run = place.start(tmp_path / "out", **TRAINING, change=ignore_sighup)
-    wait_for(lambda: checkpoints(tmp_path / "out"), run)
-    run.send_signal(signal.SIGHUP)
-    run.wait()
+    """The run gets a SIGHUP when it names its first checkpoint, and goes on."""
+    hang_up = {"kill_at": [r"^rename .*/checkpoints/\d+$"], "kill_with": signal.SIGHUP}
+    run = place.run(tmp_path / "out", **TRAINING, **hang_up, change=ignore_sighup)
     assert (run.returncode, run.lines) == (0, [])
     assert checkpoints(tmp_path / "out")[-1] == 12
 
 
 def tokenize_slowly(script):
-    """Let tokenizing take minutes, and write a file once it has begun."""
+    """Let tokenizing take minutes. Each process writes a file once it has begun."""
+    import os
     import pathlib
     import time
 
     original = script.encode
 
     def slow_encode(batch, **options):
-        pathlib.Path("tokenizing").write_text("")
+        pathlib.Path(f"tokenizing-{os.getpid()}").touch()
         time.sleep(600)
         return original(batch, **options)
 
@@ -221,9 +239,12 @@ def children_of(pid: int) -> list[int]:
 def test_a_signal_while_other_processes_tokenize(place, tmp_path, number):
     flags = {**TRAINING, "preprocessing_num_workers": 2, "overwrite_cache": True}
     run = place.start(tmp_path / "out", **flags, change=tokenize_slowly)
-    begun = place.directory / "tokenizing"
-    wait_for(lambda: begun.exists() and len(children_of(run.pid)) >= 2, run)
-    begun.unlink()
+
+    def tokenizing_workers():
+        names = {path.name for path in place.directory.glob("tokenizing-*")}
+        return [pid for pid in children_of(run.pid) if f"tokenizing-{pid}" in names]
+
+    wait_for(lambda: len(tokenizing_workers()) == 2, run)
     workers = children_of(run.pid)
     run.send_signal(number)
     run.wait()
@@ -382,10 +403,13 @@ def test_an_empty_output_dir_is_refused(place):
     assert "--output_dir" in line
 
 
-def test_a_very_large_number_of_steps_starts_at_once(place, tmp_path):
+def test_a_very_large_number_of_steps(place, tmp_path):
+    """The run starts to train. A list of the steps would take 16 GB."""
     run = place.start(tmp_path / "out", max_steps=2 * 10**9, logging_steps=1)
     wait_for(lambda: "Step 2: train_loss" in run.stderr, run)
+    status = Path(f"/proc/{run.pid}/status").read_text()
     run.kill()
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) < 2**22
 
 
 def test_an_evaluation_that_predicts_nothing(place, copied, tmp_path):

@@ -147,8 +147,21 @@ def warnings(process):
     return [line for line in process.stderr.splitlines() if "WARN" in line.upper()]
 
 
+def with_time_limit(script, folder, seconds: str):
+    """Write a copy of a script with another time limit of requests, and return its path.
+
+    `seconds` is a Python expression, which may use `request`.
+    """
+    source = script.path.read_text("utf-8")
+    source, count = re.subn(r"or HUB_SECONDS$", f"or ({seconds})", source, flags=re.MULTILINE)
+    assert count == 1
+    path = folder / script.name
+    path.write_text(source, "utf-8")
+    return path
+
+
 @pytest.mark.parametrize("script", full_but(SCRIPTS, TEMPLATE), ids=str, indirect=True)
-def test_uploads_in_the_background_and_everything_at_the_end(hub, train, tmp_path):
+def test_uploads_in_the_background_and_everything_at_the_end(hub, train, script, tmp_path):
     """While the first upload is delayed, training continues and saves again.
 
     Each commit must still have the weights of one step.
@@ -162,11 +175,12 @@ def test_uploads_in_the_background_and_everything_at_the_end(hub, train, tmp_pat
 
     # At the first LFS request, the client has hashed the files but not yet read them for the
     # upload.
-    hub.delay_next(1, 300, where="lfs", until=has_trained)
-    process = train(hub.url, f"--hub_token={TOKEN}")
+    hub.delay_next(1, 800, where="lfs", until=has_trained)
+    patient = with_time_limit(script, tmp_path, "800")
+    process = train(hub.url, f"--hub_token={TOKEN}", path=patient)
     assert process.returncode == 0, process.stderr
     assert seen
-    assert all("is not uploaded" in line for line in warnings(process))
+    assert warnings(process) == []
     assert set(hub.repos) == {"user/my-model"}
     check_requests(hub)
     check_complete(hub.repos["user/my-model"], output_dir)
@@ -253,20 +267,10 @@ def test_a_model_that_cannot_be_uploaded_is_not_trained(hub, train, script, tmp_
     assert len(hub.requests) < 5
 
 
-@pytest.fixture
-def impatient(script, tmp_path):
-    """A copy of the script that waits 6 seconds for an answer."""
-    source = script.path.read_text("utf-8")
-    source, count = re.subn(r"(?m)^HUB_SECONDS = .*$", "HUB_SECONDS = 6", source)
-    assert count == 1
-    path = tmp_path / script.name
-    path.write_text(source, "utf-8")
-    return path
-
-
 @template_alone
-def test_a_hub_that_never_answers_ends_the_run_before_training(hub, train, script, impatient):
+def test_a_hub_that_never_answers_ends_the_run_before_training(hub, train, script, tmp_path):
     hub.delay_next(1000, 1000, where="any")
+    impatient = with_time_limit(script, tmp_path, "3")
     process = train(hub.url, f"--hub_token={TOKEN}", path=impatient)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
@@ -275,8 +279,10 @@ def test_a_hub_that_never_answers_ends_the_run_before_training(hub, train, scrip
 
 
 @template_alone
-def test_an_upload_that_is_never_answered_is_a_warning(hub, train, tmp_path, impatient):
+def test_an_upload_that_is_never_answered_is_a_warning(hub, train, script, tmp_path):
+    """Only requests of this kind have a short time limit: a busy machine may answer slowly."""
     hub.delay_next(1, 1000, where="lfs")
+    impatient = with_time_limit(script, tmp_path, '6 if "/info/lfs/" in request.url else 800')
     process = train(hub.url, f"--hub_token={TOKEN}", path=impatient)
     assert process.returncode == 0, process.stderr
     assert [line for line in warnings(process) if "timed out" in line], process.stderr

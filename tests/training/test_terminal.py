@@ -42,5 +42,6 @@ def test_progress_bars_at_a_terminal(script, tmp_path):
         assert re.search(rf"\r{description}:?.*\d+%\|", text), description
     # A log line begins at the left edge, after a line break or after the place of a bar.
     log_lines = re.findall(r"(?m)(?:^|\r)(\d\d:\d\d:\d\d INFO [^\r\n]*)\r?$", text)
+    assert len(log_lines) == text.count(" INFO ")
     assert any("Step 1: train_loss" in line for line in log_lines)
     assert any("Step 1: eval_loss" in line for line in log_lines)

@@ -43,7 +43,8 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -202,7 +203,7 @@ class ModelArguments:
     )
     model_type: str | None = HfArg(
         default=None,
-        help="Model family to train from scratch with its default config, such as roberta.",
+        help="Model family to train from scratch with its default config, such as gpt2.",
     )
     config_name: str | None = HfArg(
         default=None, help="Hub id or folder of a config. Default: that of --model_name_or_path."
@@ -210,7 +211,7 @@ class ModelArguments:
     config_overrides: str | None = HfArg(
         default=None,
         help="Settings of the config to replace in a model that is trained from scratch, such as "
-        "n_layer=2,n_embd=128,n_head=2. A list is written as in JSON.",
+        "hidden_size=128,num_attention_heads=2. A list is written as in JSON.",
     )
     tokenizer_name: str | None = HfArg(
         default=None, help="Hub id or folder of a tokenizer. Default: that of --model_name_or_path."
@@ -684,7 +685,7 @@ def recompute(loss_fn, part: str):
 
 
 def part_to_recompute(args, length: int) -> str:
-    """The part of the model that the backward pass recomputes: "none", or a part of `recompute`.
+    """What the backward pass recomputes: "none", or the `part` of `recompute`.
 
     By default it is attention if sequences have 512 tokens or more. So the documented commands fit
     a TPU v3-8, for about 10% more operations (benchmarks/accelerators.py).
@@ -794,7 +795,7 @@ def data_extension(file: str | Path) -> str:
     """
     path = Path(file)
     extension = path.suffix.lower()
-    inner = path.with_suffix("").suffix.lower()
+    inner = Path(path.stem).suffix.lower()
     return inner if extension in COMPRESSIONS and inner != ".parquet" else extension
 
 
@@ -876,10 +877,10 @@ def hold_out_validation(args, splits: dict):
     if validation is None:
         percentage = args.validation_split_percentage
         count = len(train) * percentage // 100
-        if args.do_eval and not 0 < count < len(train):
+        if args.do_eval and count == 0:
             raise InputError(
                 f"--validation_split_percentage {percentage} of {len(train)} texts is {count}: "
-                "raise it, or give --validation_file"
+                "raise it, or use data with a validation split"
             )
         validation = train.select(range(count))
         train = train.select(range(count, len(train)))
@@ -978,7 +979,8 @@ def tokenize(dataset, tokenizer, max_length: int, args, limit: int | None, what:
     count = len(input_ids) // max_length
     if count == 0:
         raise InputError(
-            f"too little {what} data: {len(input_ids)} tokens do not fill a block of {max_length}"
+            f"too little {what} data: {len(input_ids)} tokens, and a block takes {max_length}; add "
+            "text, or make blocks shorter"
         )
     return Sequences(input_ids, min(count, limit or count), max_length)
 
@@ -1196,11 +1198,27 @@ def load_config(args):
     return config
 
 
+def given_settings(config) -> dict:
+    """The settings of a config that its constructor does not choose or derive from the others.
+
+    The decoder of T5 has as many layers as its encoder, and `feed_forward_proj` decides about two
+    other settings. Where they are as the constructor chooses them, they are left out.
+    """
+    everything = config.to_dict()
+    settings = config.to_dict()
+    for name in everything:
+        others = {other: value for other, value in settings.items() if other != name}
+        # A constructor may refuse a config without the setting.
+        with suppress(Exception):
+            if type(config).from_dict(deepcopy(others)).to_dict() == everything:
+                settings = others
+    return settings
+
+
 def override_config(config, overrides: str | None):
     """Replace settings of a config by those of --config_overrides. Raises InputError.
 
-    The result is constructed again, because a constructor may derive one setting from another: the
-    decoder of T5 gets as many layers as its encoder, unless num_decoder_layers says otherwise.
+    The result is constructed again, because a constructor may derive one setting from another.
     """
     if overrides is None:
         return config
@@ -1218,9 +1236,7 @@ def override_config(config, overrides: str | None):
             )
         changes[name] = parse_setting(item, text, getattr(config, name))
 
-    # What equals the default may have been derived.
-    defaults = type(config)().to_dict().items()
-    settings = dict(item for item in config.to_dict().items() if item not in defaults)
+    settings = given_settings(config)
     # The version that has written the config. `to_dict` has that of this process.
     settings["transformers_version"] = config.transformers_version
     settings |= changes
@@ -1239,7 +1255,7 @@ def parse_setting(item: str, text: str, current):
     if isinstance(current, str):
         return text
     try:
-        # They may be spelled as in Python.
+        # Constants may be spelled as in Python.
         constants = {"True": "true", "False": "false", "None": "null"}
         value = json.loads(constants.get(text, text))
     except ValueError:
@@ -1315,8 +1331,8 @@ def load_pretrained_params(args, config, model) -> dict:
     name = args.model_name_or_path
     verify_checksums(Path(name))
 
-    # Transformers 4.57 reads PyTorch files into a model, of whose parameters it uses the shapes. So
-    # this model has shapes for parameters, and initializes none.
+    # Transformers 4.57 compares PyTorch files with `model.params`, of which it uses the shapes.
+    # This class supplies the shapes, so that nothing is initialized.
     class ModelOfShapes(type(model)):
         params = property(lambda self: self.params_shape_tree)
 
@@ -1365,9 +1381,9 @@ def make_schedule(args, num_steps: int):
 def make_optimizer(args, schedule):
     """AdamW or Adafactor, with decoupled weight decay on matrices only, not on biases or norms."""
 
-    def is_matrix(params):
+    def decay_mask(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf.ndim > 1 and "bias" not in path[-1].key, params
+            lambda path, leaf: leaf.ndim > 1 and "bias" not in jax.tree_util.keystr(path), params
         )
 
     # AdamW multiplies its weight decay by the learning rate. Adafactor does not.
@@ -1376,7 +1392,7 @@ def make_optimizer(args, schedule):
 
     if args.adafactor:
         optimizer = optax.adafactor(
-            schedule, weight_decay_rate=scheduled_weight_decay, weight_decay_mask=is_matrix
+            schedule, weight_decay_rate=scheduled_weight_decay, weight_decay_mask=decay_mask
         )
     else:
         optimizer = optax.adamw(
@@ -1385,7 +1401,7 @@ def make_optimizer(args, schedule):
             b2=args.adam_beta2,
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            mask=is_matrix,
+            mask=decay_mask,
         )
     clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
     return optax.chain(clip, optimizer)
@@ -1409,11 +1425,11 @@ def plan_steps(args, train_set) -> tuple[int, int, int]:
         )
     num_steps = args.max_steps
     if num_steps == -1:
-        num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
+        # Rounding errors of the product must not add a step.
+        product = round(args.num_train_epochs * steps_per_epoch, 6)
+        num_steps = max(1, math.ceil(min(product, MAX_STEPS + 1)))
     if num_steps > MAX_STEPS:
-        raise InputError(
-            f"--num_train_epochs {args.num_train_epochs}: {num_steps} steps, at most {MAX_STEPS}"
-        )
+        raise InputError(f"--num_train_epochs {args.num_train_epochs}: more than {MAX_STEPS} steps")
     return batch_size, steps_per_epoch, num_steps
 
 
@@ -1566,7 +1582,7 @@ def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int
     counts it. They are empty if a signal has stopped the evaluation. Raises InputError if there is
     nothing to predict.
     """
-    # A batch is never larger than the set.
+    # At most one device's share of the set, so that a small set is not mostly padding.
     batch_size = min(args.per_device_eval_batch_size, math.ceil(len(eval_set) / jax.device_count()))
     batches = eval_batches(eval_set, collator, args.seed, batch_size)
     num_batches = math.ceil(len(eval_set) / (jax.device_count() * batch_size))
@@ -1635,26 +1651,26 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
         is_stopping = stop.check(step) != 0
         is_last = is_stopping or step == steps.stop
         is_evaluation = evaluations.are_due(step) and not is_stopping
-        is_trial = is_evaluation and evaluations.keeps_best
-        is_save = step % args.save_steps == 0 or is_last or is_trial
+        is_candidate = is_evaluation and evaluations.keeps_best
+        is_save = step % args.save_steps == 0 or is_last or is_candidate
         if step % args.logging_steps == 0 or is_save:
             log.due = (step, totals)
             totals = zeros
         if is_save:
             # Raises InputError if the loss is not finite, so that such a state is never saved.
             log.flush()
-            if is_trial:
+            if is_candidate:
                 # The checkpoint stores the result.
                 is_last = evaluations.run(state.params, step) or is_last
             if saver:
                 saver.save(state, step, is_last, **evaluations.stored())
         if is_last:
             break
-        if is_evaluation and not is_trial:
+        if is_evaluation and not is_candidate:
             evaluations.run(state.params, step)
 
     if saver and step == steps.start:
-        # All steps were taken before. That run may have been killed before it exported the model.
+        # There was no step to take. The earlier run may have been killed before its export.
         saver.save(state, step, is_last=True, **evaluations.stored())
     return state, step
 
@@ -2126,6 +2142,13 @@ def check_output_dir(args) -> None:
         )
 
 
+def resumes_from_own(args) -> bool:
+    """Whether the checkpoints to resume from are those of --output_dir itself."""
+    output_dir = Path(args.output_dir).resolve()
+    source = Path(args.resume_from_checkpoint or output_dir).resolve()
+    return source == output_dir or source.is_relative_to(output_dir / "checkpoints")
+
+
 def find_checkpoints(args) -> list[Path]:
     """The checkpoints to resume from, the best first; none for a new run. Raises InputError.
 
@@ -2140,7 +2163,7 @@ def find_checkpoints(args) -> list[Path]:
     wanted = [path] if is_checkpoint else list_checkpoints(path)
     if not wanted:
         raise InputError(f"--resume_from_checkpoint {path}: it has no checkpoint")
-    if args.overwrite_output_dir or path.is_relative_to(output_dir):
+    if args.overwrite_output_dir or resumes_from_own(args):
         return wanted
     return [*list_checkpoints(output_dir), *wanted]
 
@@ -2150,6 +2173,9 @@ def settings_to_match(args, config, batch_size: int) -> dict:
     settings = json.loads(config.to_json_string())
     # Another version of Transformers may resume.
     settings |= {"transformers_version": None, "architectures": None}
+    # The JSON leaves out what equals the default of all model types.
+    for name in ("tie_word_embeddings", "is_decoder"):
+        settings[name] = getattr(config, name)
     settings["batch_size"] = batch_size
     settings["optimizer"] = "Adafactor" if args.adafactor else "AdamW"
     return settings
@@ -2237,7 +2263,7 @@ class Evaluations:
         return bool(self.eval_steps) and step % self.eval_steps == 0
 
     def run(self, params, step: int) -> bool:
-        """Evaluate, and find out whether this is the best evaluation. Returns `ends`."""
+        """Evaluate, and update `best`. Returns whether training ends."""
         results = self.evaluate_now(params, step)
         if not results:
             self.ends = True
@@ -2272,14 +2298,13 @@ class Evaluations:
 def best_before(args, found: dict) -> dict:
     """The `best` of Evaluations in `found`, the settings of the checkpoint to resume from.
 
-    Its checkpoint is in this output directory: a run that resumes from another one begins to count.
+    It counts only if its checkpoint is in this output directory, so a run that resumes from another
+    run starts with NO_BEST.
     """
-    best = found.get("best", NO_BEST)
-    output_dir = Path(args.output_dir).absolute()
-    source = Path(args.resume_from_checkpoint or output_dir).absolute()
-    checkpoint = output_dir / "checkpoints" / str(best["step"])
-    # Such a run deletes its own checkpoints and resumes from those of another one.
-    is_deleted = args.overwrite_output_dir and not source.is_relative_to(output_dir)
+    best = found.get("best", NO_BEST) if args.load_best_model_at_end else NO_BEST
+    checkpoint = Path(args.output_dir).absolute() / "checkpoints" / str(best["step"])
+    # --overwrite_output_dir deletes the run's own checkpoints if it resumes from another run.
+    is_deleted = args.overwrite_output_dir and not resumes_from_own(args)
     if best["step"] and (is_deleted or not checkpoint.is_dir()):
         logger.warning(f"{checkpoint}, the best one, is missing: the best is chosen from now on.")
         return NO_BEST
@@ -2314,7 +2339,8 @@ def load_best(state, step: int, evaluations: Evaluations, saver, stop):
 class Saver:
     """Writes a run's checkpoints and model, and uploads them, in background threads.
 
-    Every file and every checkpoint gets its name when it is complete.
+    Every file and every checkpoint gets its name when it is complete. To create a Saver locks the
+    output directory, and deletes the checkpoints after `first_step`.
     """
 
     def __init__(self, args, model, tokenizer, settings: dict, first_step: int, upload, lock):
@@ -2336,9 +2362,7 @@ class Saver:
     def clean_up(self, args, first_step: int) -> None:
         """Delete what an interrupted run left, and the checkpoints that this run replaces."""
         shutil.rmtree(self.temporary, ignore_errors=True)
-        source = args.resume_from_checkpoint
-        source_path = Path(source or self.output_dir).absolute()
-        keeps_own = source is not None and source_path.is_relative_to(self.output_dir.absolute())
+        keeps_own = args.resume_from_checkpoint is not None and resumes_from_own(args)
         if args.overwrite_output_dir and not keeps_own and self.checkpoints.exists():
             # One rename removes them all at once.
             shutil.rmtree(self.checkpoints.rename(self.temporary))
@@ -2356,16 +2380,17 @@ class Saver:
     def __exit__(self, *_):
         self.pool.shutdown()
 
-    def save(self, state, step: int, is_last: bool, **position) -> None:
-        """Save `state` with the settings and with `position`.
+    def save(self, state, step: int, is_last: bool, **progress) -> None:
+        """Save `state` with the settings and with `progress`.
 
-        This is the best evaluation, if it is kept, and, in the streaming script, the position.
+        `progress` is `best` of Evaluations, if it is kept, and in the streaming script the position
+        in the data. With `is_last`, the model is exported even if an upload has to end first.
 
         Returns when the state is copied from the device and the previous save is written.
         """
         state = fetch(state)
         self.wait(f"{self.output_dir}: saving failed, earlier checkpoints are intact")
-        settings = self.settings | position
+        settings = self.settings | progress
         self.saving = self.pool.submit(self.write, state, step, is_last, settings)
 
     def wait(self, message: str) -> None:
@@ -2405,11 +2430,14 @@ class Saver:
 
         # The checksums come last, so that they never belong to other weights.
         (self.output_dir / CHECKSUM_FILE).unlink(missing_ok=True)
-        for file in self.temporary.iterdir():
-            file.replace(self.output_dir / file.name)
+        # A tokenizer with several chat templates has a folder of them.
+        for file in [path for path in self.temporary.rglob("*") if path.is_file()]:
+            target = self.output_dir / file.relative_to(self.temporary)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
         (self.temporary / CHECKSUM_FILE).write_text("".join(lines))
         (self.temporary / CHECKSUM_FILE).replace(self.output_dir / CHECKSUM_FILE)
-        self.temporary.rmdir()
+        shutil.rmtree(self.temporary)
 
     def try_upload(self, step: int) -> None:
         """Upload the output directory. A failure is a warning: the next upload includes it."""
@@ -2481,11 +2509,13 @@ class OutputLock:
         self.file = None
 
     def check(self) -> None:
-        """Raise InputError if another process has the lock. Changes no file."""
+        """Raise InputError if another process has the lock, and note the checkpoints for `acquire`.
+
+        It changes no file.
+        """
         self.checkpoints = list_checkpoints(self.output_dir)
-        if self.path.exists():
-            with self.path.open("r+b") as file:
-                self.lock(file)
+        with suppress(FileNotFoundError), self.path.open("r+b") as file:
+            self.lock(file)
 
     def acquire(self) -> None:
         """Take the lock. Raises InputError if another run has it, or had it since `check`."""
@@ -2507,7 +2537,7 @@ class OutputLock:
     def lock(self, file) -> None:
         """Lock `file`. Raises InputError if another process has locked it.
 
-        The lock ends when this process closes the file, also by another descriptor.
+        A POSIX lock ends as soon as this process closes any descriptor of the file.
         """
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2558,14 +2588,16 @@ def publish(args, config, upload) -> None:
 class StopSignals:
     """SIGTERM, SIGHUP and Ctrl-C.
 
-    Before training they end the process, later they stop it after a step or a batch.
+    Before training they end the process, later they stop it after a step or a batch. Three
+    attributes have the number of a signal, or 0: `received` the highest one that came to this
+    process, `agreed` the one that all processes stop for, `exiting` the one that ends the process.
     """
 
     def __init__(self):
         self.process_id = os.getpid()
-        self.exiting = 0  # number of the signal
-        self.received = 0  # number of the signal
-        self.agreed = 0  # number of the signal
+        self.exiting = 0
+        self.received = 0
+        self.agreed = 0
 
     def handle(self, handler) -> None:
         """Let `handler` handle the signals."""
@@ -2728,9 +2760,11 @@ def out_of_memory_errors(args):
         reason = str(error).partition("\n")[0][:300]
         advice = []
         if per_device > 1:
+            # The smallest divisor, for the same global batch size.
+            divisor = next(d for d in range(2, per_device + 1) if per_device % d == 0)
             advice.append(
-                f"--per_device_train_batch_size={per_device // 2} with "
-                f"--gradient_accumulation_steps={2 * accumulation}"
+                f"--per_device_train_batch_size={per_device // divisor} with "
+                f"--gradient_accumulation_steps={divisor * accumulation}"
             )
         if args.gradient_checkpointing != "layers":
             advice.append("--gradient_checkpointing")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A tokenizer like T5's (https://arxiv.org/abs/1910.10683), trained on your own text.
+"""A lowercase tokenizer for T5 (https://arxiv.org/abs/1910.10683), trained on your own text.
 
 It reads text files and writes a folder that AutoTokenizer loads as T5TokenizerFast, with 100
 sentinel tokens above the vocabulary:
@@ -191,7 +191,8 @@ def parse_args(argv: list[str] | None):
         "--vocab_size",
         type=int,
         default=32000,
-        help="Number of pieces to learn, without the sentinel tokens. Default: %(default)s.",
+        help="Largest number of pieces, with <pad>, </s> and <unk>, without the sentinels. "
+        "Default: %(default)s.",
     )
     parser.add_argument("--output_dir", required=True, help="Folder to write the tokenizer to.")
     parser.add_argument(
@@ -206,7 +207,7 @@ def parse_args(argv: list[str] | None):
         type=int,
         default=512,
         help="Maximum sequence length in tokens, stored as model_max_length. Training scripts use "
-        "it as the default length. Default: %(default)s.",
+        "it as the default length, up to the limit of the config (T5: 512). Default: %(default)s.",
     )
     args = parser.parse_args(argv)
     # Adding sentinels takes time that grows with the square of their number.

@@ -53,8 +53,8 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 assert "jax" not in sys.modules, (
     "jax was imported before tests/conftest.py, which sets its number of devices"
 )
-# A shell lets its background jobs ignore Ctrl-C, nohup lets them ignore SIGHUP, and so would the
-# processes that tests start.
+# A shell starts background jobs with SIGINT ignored, nohup a command with SIGHUP ignored. The
+# processes that tests start would inherit both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # jax, transformers and datasets read these variables once, when they are imported. Scripts that

@@ -396,10 +396,16 @@ FORKING = {
 }
 
 
-# The second part is printed once the compilation has ended.
+# XLA's alarm about a compilation of over two minutes: a line when they have passed, and lines in a
+# frame when the compilation has ended.
 SLOW_COMPILATION = re.compile(
     r"(?m)^E\d{4} .* slow_operation_alarm\.cc:\d+\] .*\n(\n)?\*+\n.*Very slow compile.*\n\*+\n"
 )
+
+
+def without_alarms(stderr: str) -> str:
+    """Leave out XLA's alarms about slow compilations: machines may be busy."""
+    return SLOW_COMPILATION.sub("", stderr)
 
 
 class Run:
@@ -451,12 +457,9 @@ class Run:
 
     @property
     def lines(self) -> list[str]:
-        """The lines of stderr that are not log lines of level INFO.
-
-        XLA's alarms about compilations of over two minutes are left out: machines may be busy.
-        """
-        text = SLOW_COMPILATION.sub("", self.stderr)
-        return [line for line in text.splitlines() if not re.match(r"\d\d:\d\d:\d\d INFO ", line)]
+        """The lines of stderr that are not log lines of level INFO, without XLA's alarms."""
+        lines = without_alarms(self.stderr).splitlines()
+        return [line for line in lines if not re.match(r"\d\d:\d\d:\d\d INFO ", line)]
 
 
 class ForkServer:

@@ -119,3 +119,18 @@ def test_a_run_over_files_in_a_file_of_settings(script, tmp_path):
     # A resumed run logs other files.
     run = place.run("one", max_steps=3, train_file=parts[0])
     assert f"--train_file is {parts[0]} now, and was {whole} before" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "extension"),
+    [
+        ("corpus.txt", ".txt"),
+        ("a.b/corpus.TXT.gz", ".txt"),
+        ("corpus.parquet.gz", ".gz"),
+        (".", ""),
+        ("", ""),
+    ],
+)
+def test_extension_of_a_data_file(name, extension):
+    script = importlib.import_module(TEMPLATE.path.stem)
+    assert script.data_extension(name) == extension

@@ -573,13 +573,19 @@ def test_a_larger_window_puts_no_more_batches_on_the_devices(place):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"shuffle_buffer_size": 31}, {"num_eval_samples": 120}, {"seed": 43}], ids=str
+    ("changes", "message"),
+    [
+        ({"shuffle_buffer_size": 31}, "its shuffle_buffer_size is 30, here 31"),
+        ({"num_eval_samples": 120}, "its held-out texts is "),
+        ({"seed": 43}, "its seed is 42, here 43"),
+    ],
+    ids=str,
 )
-def test_another_stream_is_not_resumed(place, undisturbed, changes):
+def test_another_stream_is_not_resumed(place, undisturbed, changes, message):
     run = place.run("undisturbed", **{**TRAINING, **changes}, dataset_name="folder")
     assert run.returncode == 1
     (line,) = run.lines
-    assert "checkpoints/40" in line
+    assert f"checkpoints/40: {message}" in line
 
 
 def test_two_processes(place):

@@ -12,12 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from outputs import EXPORTED, differing, outcome
 from safetensors.numpy import load_file
 from training_scripts import Place, checkpoints, full_but, template_alone, wait_for
+from transformers import RobertaConfig
 
 import run_mlm_flax
 
@@ -255,6 +257,73 @@ def test_a_signal_while_other_processes_tokenize(place, tmp_path, number):
 # ---------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "is_own"),
+    [
+        (None, True),
+        ("", True),
+        ("out", True),
+        ("../folder/out/checkpoints/9", True),
+        ("link/checkpoints/9", True),
+        ("out/pretrain", False),
+        ("out/pretrain/checkpoints/9", False),
+        ("output/checkpoints/9", False),
+    ],
+)
+def test_what_is_the_runs_own(script, tmp_path, monkeypatch, source, is_own):
+    """The checkpoints of another run may lie below --output_dir, and a path has several names."""
+    folder = tmp_path / "folder"
+    (folder / "out").mkdir(parents=True)
+    (folder / "link").symlink_to("out")
+    monkeypatch.chdir(folder)
+    args = Namespace(output_dir="out", resume_from_checkpoint=source)
+    assert run_mlm_flax.resumes_from_own(args) is is_own
+
+
+def test_a_run_that_resumes_from_a_folder_below_keeps_its_checkpoints(place, finished, tmp_path):
+    """The same command, given again, resumes from the run's own checkpoints."""
+    output_dir = tmp_path / "out"
+    pretrained = output_dir / "pretrained"
+    shutil.copytree(finished, pretrained)
+    for step in checkpoints(pretrained)[1:]:
+        shutil.rmtree(pretrained / "checkpoints" / str(step))
+    first = checkpoints(pretrained)
+    flags = {**TRAINING, "resume_from_checkpoint": pretrained}
+    run = place.run(output_dir, **flags, kill_at=[rf"^mkdir .*/checkpoints/{first[0] + 6}\b"])
+    assert run.returncode == 137, run.stderr
+    own = checkpoints(output_dir)
+    assert own
+    assert own[-1] > first[0]
+    run = place.run(output_dir, **flags)
+    assert (run.returncode, run.lines) == (0, [])
+    assert set(own) <= set(checkpoints(output_dir))
+    assert f"steps {own[-1]} to 12" in run.stderr
+
+
+@pytest.mark.parametrize("name", ["tie_word_embeddings", "is_decoder"])
+def test_a_model_of_another_kind_does_not_resume(script, name):
+    """The JSON of a config leaves out what has the default of all model types."""
+    args = Namespace(adafactor=False)
+    settings = []
+    for value in (False, True):
+        config = RobertaConfig(**{name: value})
+        settings.append(run_mlm_flax.settings_to_match(args, config, batch_size=8))
+    differing_names = {key for key in settings[0] if settings[0][key] != settings[1].get(key)}
+    assert name in differing_names
+
+
+def test_the_best_of_another_run_counts_only_with_the_flag(script, caplog):
+    found = {"best": {**run_mlm_flax.NO_BEST, "step": 9, "eval_loss": 1.0}}
+    args = Namespace(
+        output_dir="absent",
+        resume_from_checkpoint=None,
+        overwrite_output_dir=False,
+        load_best_model_at_end=False,
+    )
+    assert run_mlm_flax.best_before(args, found) == run_mlm_flax.NO_BEST
+    assert caplog.text == ""
 
 
 def test_a_resumed_run_logs_the_settings_that_differ(place, copied):

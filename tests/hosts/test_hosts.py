@@ -196,9 +196,10 @@ def slow_start(script):
 
 @template_alone
 def test_sigterm_before_training(place):
-    """The script must react itself: JAX handles the signal once the cluster is formed.
+    """SIGTERM before the first step ends both processes.
 
-    JAX would leave it to the training loop, which does not run yet.
+    Forming the cluster installs a handler of JAX, which only notes the signal for a training loop.
+    No loop runs yet, so the script's own handler must end the process.
     """
     runs = start_cluster(place, "stopped_early", **eight_devices(place), change=slow_start)
     wait_for(lambda: len(list(place.directory.glob("starting-*"))) == 2, *runs)

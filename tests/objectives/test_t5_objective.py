@@ -1,4 +1,4 @@
-"""The objective of run_t5_mlm_flax.py against a slow reference from section 3.1.4 of the T5 paper.
+"""The objective of run_t5_mlm_flax.py against a slow reference from section 3.3.4 of the T5 paper.
 
 Statistics have to be within 5 standard deviations, as in test_mlm_objective.py.
 """
@@ -8,6 +8,8 @@ import json
 import math
 import re
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -446,6 +448,15 @@ def test_gradient_checkpointing_changes_no_gradient(family, part):
         params,
         rtol=1e-4,
     )
+
+
+@pytest.mark.parametrize(("length", "is_recomputed"), [(462, False), (512, True)])
+def test_the_length_of_inputs_decides_what_is_recomputed(length, is_recomputed):
+    """A text of 512 tokens becomes an input of 462."""
+    collator = make_collator(length)
+    assert collator.max_length >= 512
+    loss_fn = t5.make_loss_fn(Namespace(gradient_checkpointing="auto"), None, collator)
+    assert (not isinstance(loss_fn, partial)) is is_recomputed
 
 
 def test_logits_are_never_whole():

@@ -127,6 +127,34 @@ def test_the_config_is_what_the_constructor_makes(module, caplog, model_type, ov
     assert "--config_overrides: " in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("model_type", "loaded", "overrides", "settings"),
+    [
+        ("t5", {"num_layers": 8}, "num_layers=2", {"num_layers": 2}),
+        (
+            "t5",
+            {"feed_forward_proj": "gated-gelu", "d_model": 64},
+            "feed_forward_proj=relu",
+            {"d_model": 64},
+        ),
+        ("bart", {"encoder_layers": 6}, "encoder_layers=2", {"encoder_layers": 2}),
+        (
+            "gpt_neo",
+            {"attention_types": [[["global"], 4]], "num_layers": 4, "hidden_size": 64},
+            'attention_types=[[["global","local"],1]],num_layers=2',
+            {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "hidden_size": 64},
+        ),
+    ],
+)
+def test_what_is_derived_from_a_loaded_config_is_derived_again(
+    module, model_type, loaded, overrides, settings
+):
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    config = config_class.from_dict(config_class(**loaded).to_dict())
+    found = module.override_config(config, overrides)
+    assert found.to_dict() == config_class(**settings).to_dict()
+
+
 def test_the_version_of_a_config_stays(module):
     """The span-masked script tells the configs of Transformers 5 by it."""
     config = transformers.T5Config.from_dict({"transformers_version": "5.1.0", "num_layers": 3})

@@ -120,14 +120,14 @@ def fill_memory(script):
 def test_no_memory_left(script, tmp_path):
     """The error of XLA becomes one line with the numbers, and the flags that lower them."""
     place = Place(script, tmp_path)
-    flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    flags = {"per_device_train_batch_size": 9, "gradient_accumulation_steps": 2}
     run = place.run("out", change=fill_memory, adafactor=True, **flags)
     assert run.returncode == 1
     (line,) = run.lines
     assert "RESOURCE_EXHAUSTED" in line
-    assert "2 devices x 3 x 4 = 24" in line
+    assert "2 devices x 2 x 9 = 36" in line
     flags = [
-        "--per_device_train_batch_size=2 with --gradient_accumulation_steps=6",
+        "--per_device_train_batch_size=3 with --gradient_accumulation_steps=6",
         "--gradient_checkpointing",
         "--dtype=bfloat16",
         f"--{script.length_flag}",

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
-from training_scripts import full_but
+from training_scripts import full_but, word_tokenizer
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -122,6 +122,25 @@ def test_names_and_layout():
     assert arrays["lm.embeddings.weight"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     # safetensors writes the memory of an array as it is.
     assert all(array.flags.c_contiguous for array in arrays.values())
+
+
+def test_a_second_export_replaces_the_folder_of_chat_templates(tmp_path):
+    """Transformers 4.57 saves a tokenizer's templates, but for the default one, in a folder."""
+    config = CONFIG_MAPPING["gpt2"](vocab_size=101, **families.CAUSAL["gpt2"])
+    # A saver without a run: `export` uses these attributes alone.
+    saver = object.__new__(mlm.Saver)
+    saver.model = FlaxAutoModelForCausalLM.from_config(config, _do_init=False)
+    saver.tokenizer = word_tokenizer(tmp_path / "start")
+    saver.output_dir = tmp_path / "out"
+    saver.output_dir.mkdir()
+    saver.temporary = saver.output_dir / ".tmp"
+    params = unflatten_dict(random_params(saver.model))
+    for text in ("first", "second"):
+        saver.tokenizer.chat_template = {"default": "a", "other": text}
+        saver.export(params)
+        (template,) = saver.output_dir.glob("additional_chat_templates/*")
+        assert template.read_text() == text
+    assert not saver.temporary.exists()
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,37 @@ def test_weight_decay_leaves_out_biases_and_scales(config_class, adafactor):
     assert decays == {"kernel", "embedding"}
 
 
+def test_weight_decay_leaves_out_the_attention_bias_of_t5():
+    """Its table of relative positions is a matrix of biases."""
+    table = {"embedding": jnp.ones((3, 2))}
+    params = {"shared": table, "attention": {"relative_attention_bias": table}}
+    optimizer, _ = make_optimizer(4, learning_rate=0.5, weight_decay=0.1)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert jnp.all(updates["shared"]["embedding"] < 0)
+    assert jnp.all(updates["attention"]["relative_attention_bias"]["embedding"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_steps"), [(0.07, 7), (0.55, 55), (0.071, 8), (1, 100), (1e-9, 1)]
+)
+def test_steps_of_a_fraction_of_an_epoch(epochs, num_steps):
+    """0.07 * 100 is 7.000000000000001 in floating point, and means 7."""
+    args = Namespace(
+        do_train=True,
+        gradient_accumulation_steps=1,
+        per_device_train_batch_size=1,
+        max_steps=-1,
+        num_train_epochs=epochs,
+    )
+    batch_size = jax.device_count()
+    sequences = range(100 * batch_size)
+    assert mlm.plan_steps(args, sequences) == (batch_size, 100, num_steps)
+    args.num_train_epochs = 1e308
+    with pytest.raises(mlm.InputError, match=r"--num_train_epochs .*: more than"):
+        mlm.plan_steps(args, sequences)
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
 def test_adamw(max_grad_norm):
     """Compare with algorithm 2 of Loshchilov and Hutter in float64, for four steps.

@@ -2526,8 +2526,8 @@ def load_best(state, step: int, evaluations: Evaluations, saver, stop):
 class Saver:
     """Writes a run's checkpoints and model, and uploads them, in background threads.
 
-    Every file and every checkpoint gets its name when it is complete. To create a Saver locks the
-    output directory, and deletes the checkpoints after `first_step`.
+    Every file and every checkpoint gets its name when it is complete. A new Saver locks the output
+    directory, and deletes the checkpoints after `first_step`.
     """
 
     def __init__(self, args, model, tokenizer, settings: dict, first_step: int, upload, lock):

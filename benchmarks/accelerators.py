@@ -206,8 +206,11 @@ def make_args(script, workload: Workload, dtype: str, flags: str):
 
 
 def make_collator(script, objective: str, args, length: int):
-    """What the steps take from the collator, without a tokenizer."""
-    collator = SimpleNamespace(max_length=length)
+    """What the steps take from the collator, without a tokenizer.
+
+    `inputs_length` is for the span-masked script, whose texts are longer than its inputs.
+    """
+    collator = SimpleNamespace(max_length=length, inputs_length=length)
     if objective == "masked":
         collator.mlm_probability = args.mlm_probability
         collator.whole_words = False

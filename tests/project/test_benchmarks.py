@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from training_scripts import ROOT, full_but
+from transformers import CONFIG_MAPPING
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import accelerators
 import buffers
 import harness
 import operations
@@ -110,6 +112,18 @@ def test_help_says_the_command(path: Path):
     command = [sys.executable, path, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert f"python benchmarks/{path.name}" in done.stdout
+
+
+@pytest.mark.parametrize("objective", harness.OBJECTIVES)
+def test_accelerators_lowers_the_step_of_each_script(objective):
+    """Here for the CPU. With libtpu, test_accelerators.py compiles the steps for a TPU."""
+    model_type = harness.OBJECTIVES[objective].model_type
+    sizes = harness.size_settings(model_type, harness.Size(1, 16, 2), length=16)
+    config = CONFIG_MAPPING[model_type](vocab_size=100, **sizes)
+    workload = accelerators.Workload(2, 16)
+    devices = jax.devices()[:1]
+    lowered = accelerators.lower_step(objective, config, workload, "float32", "", "train", devices)
+    assert "dot_general" in lowered.as_text()
 
 
 def test_times_of_a_trace_by_kind_of_operation(tmp_path):

@@ -131,7 +131,7 @@ def eval_equation(equation, operands) -> list:
     if is_product and all(operand.dtype == jnp.bfloat16 for operand in operands):
         params = {**equation.params, "preferred_element_type": np.dtype("float32")}
         product = primitive.bind(*operands, **params)
-        return [product.astype(jnp.bfloat16)]
+        return [product.astype(equation.outvars[0].aval.dtype)]
     outputs = primitive.bind(*operands, **equation.params)
     return outputs if primitive.multiple_results else [outputs]
 
@@ -193,6 +193,11 @@ def load_encoder(args):
         num_positions -= config.pad_token_id + 1
     if args.seq_length > num_positions:
         raise InputError(f"--seq_length {args.seq_length}: the model has {num_positions} positions")
+
+    if config.model_type == "big_bird":
+        # The block-sparse attention of Flax takes whole blocks of tokens only.
+        config.attention_type = "original_full"
+        print("big_bird is measured with full attention.")
 
     # Initialize what the files lack. The checkpoint of a masked language model has no pooler.
     model = FlaxAutoModel.from_config(config, _do_init=False)
@@ -357,11 +362,15 @@ def simplify_help(parser) -> None:
             action.help += "%(default).0s"
 
 
-def check_range(args, names: str, meaning: str, holds) -> None:
-    """Raise InputError for the first of the flags `names` whose value `holds` refuses."""
+def check_range(args, names: str, meaning: str, is_valid) -> None:
+    """Raise InputError for the first flag whose value is not valid.
+
+    `names` are flags, separated by spaces. One that the script does not have, or whose value is
+    None, is skipped.
+    """
     for name in names.split():
         value = getattr(args, name, None)
-        if value is not None and not holds(value):
+        if value is not None and not is_valid(value):
             raise InputError(f"--{name} {value}: it must be {meaning}")
 
 

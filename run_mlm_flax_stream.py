@@ -42,8 +42,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -154,6 +155,9 @@ HUB_SECONDS = 50
 
 # The file in the output directory that a run locks.
 LOCK_FILE = ".lock"
+
+# The folder in the output directory where files are written before they get their place.
+TEMPORARY_FOLDER = ".tmp"
 
 # The checksums of an exported model, for `sha256sum --check`.
 CHECKSUM_FILE = "SHA256SUMS"
@@ -437,7 +441,7 @@ class FlaxDataCollatorForLanguageModeling:
     def __post_init__(self):
         if self.tokenizer.mask_token_id is None:
             raise InputError(f"{self.tokenizer.name_or_path}: it has no mask token")
-        vocabulary = np.arange(len(self.tokenizer))
+        vocabulary = np.arange(count_token_ids(self.tokenizer))
         self.is_special = np.isin(vocabulary, self.tokenizer.all_special_ids)
 
     def num_slots(self, num_tokens: int) -> int:
@@ -851,14 +855,18 @@ def select_text(dataset, column_name: str, source: str):
 
 
 class Chunk(NamedTuple):
-    """A part of a stream: some texts, as blocks."""
+    """Consecutive texts of a stream, as blocks.
 
-    state: dict | None  # of the dataset before these texts
-    # Tokens left over from the texts before.
-    carried: np.ndarray  # [tokens] int32
+    `state` is the dataset's state before these texts, None at the start. `carried`, [tokens] int32,
+    are the tokens left over before them. `blocks`, [blocks, length] int32, is what the texts fill,
+    and `rest`, [tokens] int32, what is left over after them.
+    """
+
+    state: dict | None
+    carried: np.ndarray
     num_texts: int
-    blocks: np.ndarray  # [blocks, length] int32
-    rest: np.ndarray  # [tokens] int32, after the last block
+    blocks: np.ndarray
+    rest: np.ndarray
 
 
 def start_of_epoch(epoch: int, carried: list[int]) -> dict:
@@ -890,9 +898,10 @@ class BlockStream:
     length: int
 
     def read(self, dataset, state: dict | None, carried: np.ndarray, skip: int = 0):
-        """Generate chunks, from `state` on, or else from the beginning after `skip` texts.
+        """Generate the chunks of `dataset`, from `state` on, or else after the first `skip` texts.
 
-        `carried` are tokens that precede those of the first text. Raises InputError.
+        `dataset` is that of the stream, a shard of it, or the share of a process. `carried` are
+        tokens that precede those of the first text. Raises InputError.
         """
         dataset.load_state_dict(state)
         # Row by row: datasets 3.6 to 5.0 lose rows if a stream is resumed twice within one Arrow
@@ -944,15 +953,16 @@ class BlockStream:
         eval_set = np.array(blocks[:limit]).reshape(-1, self.length)
         return eval_set, HeldOut(num_texts, np.concatenate([*blocks[limit:], rest]))
 
-    def blocks(self, position: dict, batch_size: int, limit: int | None, held_out: HeldOut):
-        """Generate the blocks of this process, each with its position, epoch after epoch.
+    def blocks(self, position: dict, local_batch_size: int, limit: int | None, held_out: HeldOut):
+        """Generate the blocks of this process, epoch after epoch.
 
-        Texts that are held out are skipped. Their remaining tokens open each epoch of process 0.
-        Tokens after the last block of an epoch open the next one.
+        Yields pairs: the position before a block, and the block, [length] int32. Texts that are
+        held out are skipped. Their remaining tokens open each epoch of process 0. Tokens after the
+        last block of an epoch open the next one.
 
         Args:
             position: Where to start.
-            batch_size: Blocks of this process in a batch. An epoch must have as many.
+            local_batch_size: Blocks of this process in a batch. An epoch must have as many.
             limit: Blocks of an epoch of all processes, at most.
             held_out: What is not trained on.
         """
@@ -970,8 +980,10 @@ class BlockStream:
             opening = list(position["carried"])
             if rank == 0 and not position["state"]:
                 opening.extend(held_out.tokens)
+            rest = np.zeros(0, np.int32)
             chunks = self.read(dataset, position["state"], np.array(opening, np.int32), skip)
-            for chunk in prefetch(chunks, transform=lambda chunk: chunk):
+            for chunk in prefetch(chunks):
+                rest = chunk.rest
                 if chunk.state:
                     position["state"] = chunk.state
                     position["carried"] = chunk.carried.tolist()
@@ -983,26 +995,32 @@ class BlockStream:
                 if position["seen"] == limit:
                     break
 
-            if position["seen"] < batch_size:
+            if position["seen"] < local_batch_size:
+                if position["seen"] == limit:
+                    raise InputError(
+                        f"--max_train_samples: {limit} blocks for a process, and its part of a "
+                        f"batch takes {local_batch_size}"
+                    )
                 raise InputError(
                     f"too little training data: {self.source} has {position['seen']:,} blocks of "
-                    f"{self.length} tokens, {len(chunk.rest)} more; a batch takes {batch_size}"
+                    f"{self.length} tokens, {len(rest)} more; a batch takes {local_batch_size}"
                 )
             logger.info(
                 f"Epoch {position['epoch'] + 1} is read, {position['seen']:,} blocks; "
                 "the next is reshuffled."
             )
-            carried = [] if position["seen"] == limit else chunk.rest.tolist()
+            carried = [] if position["seen"] == limit else rest.tolist()
             position = start_of_epoch(position["epoch"] + 1, carried)
 
 
-def shuffle(blocks, size: int, seed: int):
+def shuffle(positioned_blocks, size: int, seed: int):
     """Shuffle each window of `size` blocks of an epoch.
 
-    Generates pairs: the position of the window, with the `offset` after this block, and the block.
-    So a checkpoint needs no block: a resumed run reads the window again.
+    Takes pairs of the position before a block and the block. Yields pairs of the position after a
+    block, which is the start of its window with the `offset` after this block, and the block. So a
+    checkpoint stores no blocks: a resumed run reads the window again.
     """
-    for epoch, epoch_blocks in groupby(blocks, key=lambda item: item[0]["epoch"]):
+    for epoch, epoch_blocks in groupby(positioned_blocks, key=lambda item: item[0]["epoch"]):
         while window := list(islice(epoch_blocks, size)):
             start, _ = window[0]
             first_block = start["seen"] + start["used"]
@@ -1012,14 +1030,17 @@ def shuffle(blocks, size: int, seed: int):
 
 
 def training_blocks(args, stream, position: dict, batch_size: int, held_out: HeldOut):
-    """Shuffled blocks of this process from `position` on. Raises InputError if there is none."""
+    """What `shuffle` yields in this process from `position` on.
+
+    Raises InputError if that is nothing.
+    """
     blocks = stream.blocks(
         dict(position), batch_size // jax.process_count(), args.max_train_samples, held_out
     )
-    blocks = shuffle(blocks, max(args.shuffle_buffer_size, batch_size), args.seed)
-    blocks = islice(blocks, position["offset"], None)
+    positioned_blocks = shuffle(blocks, max(args.shuffle_buffer_size, batch_size), args.seed)
+    positioned_blocks = islice(positioned_blocks, position["offset"], None)
     # Read a block now: if the data is too small, the run ends before it writes anything.
-    return chain([next(blocks)], blocks)
+    return chain([next(positioned_blocks)], positioned_blocks)
 
 
 def make_collator(args, config, tokenizer, max_length: int):
@@ -1065,32 +1086,62 @@ def make_batch(blocks, numbers, collator, seed: tuple[int, ...], shape: tuple[in
 
 
 class StreamProgress:
-    """Where the stream stands after each batch, and the error that has ended it."""
+    """Where the stream stands after the latest step, and the error that has ended it."""
 
     def __init__(self, position: dict):
-        self.start = position
-        self.position_after = {}  # by the step
+        self.position = position
+        # Batches are made ahead of their use, so their positions are noted by step.
+        self.position_after = {}
         self.error = None
+
+    def advance(self, step: int) -> None:
+        """Move to the position after `step`."""
+        self.position = self.position_after.pop(step)
+
+    def save(self, saver, state, step: int, is_last: bool, evaluations) -> None:
+        """Save with the positions of all processes, which must all call this."""
+        positions = share_json(self.position)
+        if saver:
+            saver.save(state, step, is_last, stream=positions, **evaluations.to_store())
 
     def raise_error(self, step: int) -> None:
         """Raise InputError if the stream has ended by an error, after `step` is saved."""
         if self.error:
             raise InputError(
-                f"{self.error}; step {step} is saved, and the same command resumes there"
+                f"{self.error}; step {step} is saved: to resume there, give the same command "
+                "without --overwrite_output_dir"
             )
 
+    def raise_error_of_cluster(self) -> None:
+        """Raise the error if there are several processes: all end at once, and none saves."""
+        if self.error and jax.process_count() > 1:
+            raise self.error
 
-def train_batches(blocks, collator, seed: int, steps: range, shape, progress: StreamProgress):
+
+def stored_positions(checkpoint_settings: dict, checkpoints: Path) -> list[dict]:
+    """The positions of all processes in the settings of a checkpoint. Raises InputError."""
+    if "stream" not in checkpoint_settings:
+        raise InputError(
+            f"{checkpoints}: its checkpoints have no position in a stream, so another script has "
+            "written them"
+        )
+    return checkpoint_settings["stream"]
+
+
+def train_batches(
+    positioned_blocks, collator, seed: int, steps: range, shape, progress: StreamProgress
+):
     """Generate the batches of `steps`, up to an error of the stream.
 
-    The noise of a block is a function of the seed and of its number among all that are trained on.
+    `positioned_blocks` are those of `shuffle`. The noise of a block is a function of the seed and
+    of its number among all that are trained on.
     """
     local_size = jax.local_device_count() * math.prod(shape)
     batch_size = jax.process_count() * local_size
     local_rows = jax.process_index() * local_size + np.arange(local_size)
     try:
         for step in steps:
-            positions, rows = zip(*islice(blocks, local_size), strict=True)
+            positions, rows = zip(*islice(positioned_blocks, local_size), strict=True)
             progress.position_after[step + 1] = positions[-1]
             numbers = step * batch_size + local_rows
             yield make_batch(np.stack(rows), numbers, collator, (seed, TRAINING_STREAM), shape)
@@ -1115,17 +1166,20 @@ def eval_batches(blocks, collator, seed: int, per_device_batch_size: int):
         yield make_batch(batch_blocks, rows, collator, (seed, EVALUATION_STREAM), shape)
 
 
-def prefetch(batches, size: int = 2, transform=None):
-    """Generate `batches`, made in a background thread up to `size` ahead of their use.
+def prefetch(items, size: int = 2):
+    """Generate `items`, made in a background thread up to `size` ahead of their use.
 
-    Each is moved to the devices, or, in the streaming script, put through `transform`.
+    When the generator is closed, it waits for the item in progress, and no more are made.
     """
-    batches = map(transform or shard, batches)
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(next, batches, None) for _ in range(size)]
-        while (batch := pending.pop(0).result()) is not None:
-            pending.append(pool.submit(next, batches, None))
-            yield batch
+    items = iter(items)
+    pool = ThreadPoolExecutor(1)
+    try:
+        pending = deque(pool.submit(next, items, None) for _ in range(size))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1142,6 +1196,7 @@ def load_config_and_tokenizer(args):
     name = args.config_name or args.model_name_or_path or f"--model_type {args.model_type}"
     if type(config) not in transformers.FLAX_MODEL_FOR_MASKED_LM_MAPPING:
         raise InputError(f"{name}: type {config.model_type} has no masked-language model in Flax")
+    check_config(config, name)
     tokenizer = load_tokenizer(args)
     enlarge_vocabulary(args, config, tokenizer)
 
@@ -1151,6 +1206,24 @@ def load_config_and_tokenizer(args):
         raise InputError(f"--max_seq_length {length}: the model has {positions} positions")
     adapt_to_flax(args, config, length)
     return config, tokenizer, length
+
+
+def check_config(config, name: str) -> None:
+    """Raise InputError for a setting that the Flax class ignores and that of PyTorch obeys.
+
+    With it, pretrained weights would be trained as another function than theirs, and exported as
+    another function than the trained one.
+    """
+    built_in = {"position_embedding_type": "absolute"}
+    if config.model_type == "electra":
+        # In the head, PyTorch applies gelu, and Flax hidden_act.
+        built_in["hidden_act"] = "gelu"
+    for key, value in built_in.items():
+        found = getattr(config, key, value)
+        if found != value:
+            raise InputError(
+                f"{name}: {key} is {found}, but Flax's {config.model_type} has {value} built in"
+            )
 
 
 def max_positions(config, name: str) -> int:
@@ -1281,18 +1354,24 @@ def load_tokenizer(args):
 def enlarge_vocabulary(args, config, tokenizer) -> None:
     """Make the embedding table as large as the tokenizer. Raises InputError if it is pretrained.
 
-    JAX does not report token ids outside the table.
+    JAX raises no error for token ids outside the table: their embeddings are NaN.
     """
-    if len(tokenizer) <= config.vocab_size:
+    num_ids = count_token_ids(tokenizer)
+    if num_ids <= config.vocab_size:
         return
     message = (
-        f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, "
+        f"the tokenizer of {tokenizer.name_or_path} has {num_ids} tokens, "
         f"the model's table {config.vocab_size}"
     )
     if args.model_name_or_path:
         raise InputError(f"{message}: use the tokenizer that the model was trained with")
     logger.warning(f"{message}: the table is enlarged.")
-    config.vocab_size = len(tokenizer)
+    config.vocab_size = num_ids
+
+
+def count_token_ids(tokenizer) -> int:
+    """One more than the highest token id. Some ids below it may be of no token."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def load_model(args, config):
@@ -1489,9 +1568,9 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
 
     Args:
         state: The TrainState.
-        totals: Sums since the last log line, float32 scalars: `loss`, `predicted` and `tokens`.
-            `tokens` counts what `attention_mask` marks. Beside them `grad_norm`, also summed, which
-            is there to notice gradients that are not finite, and `learning_rate` of the last step.
+        totals: Sums since the last log line, float32 scalars: TRAINING_SUMS and `tokens`, which
+            counts what `attention_mask` marks. Beside them `grad_norm`, also summed, which is there
+            to notice gradients that are not finite, and `learning_rate` of the last step.
         batch: Arrays [accumulation steps, batch, length] int32.
         loss_fn: `loss_sums` as a function of (params, batch, dropout_rng).
         schedule: Function from the step to the learning rate.
@@ -1568,7 +1647,7 @@ def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int
     totals = {}
     pending = None
     with log.bar("Evaluating", num_batches, unit="batch", leave=False) as bar:
-        for number, batch in enumerate(prefetch(batches), 1):
+        for number, batch in enumerate(prefetch(map(shard, batches)), 1):
             # Fetch the sums of a batch when the devices have the next one to work on.
             sums = p_eval_step(params, batch)
             add_host_values(totals, pending)
@@ -1603,33 +1682,35 @@ def train(
     """Run the training loop.
 
     Args:
-        state: The TrainState on the devices. Its buffers are donated to `p_train_step`.
-        batches: The batches of `steps`, which are counted from 0.
+        args, log, stop: The settings, the TrainingLog and the StopSignals.
+        state, p_train_step: The TrainState on the devices, and `train_step` under pmap.
+        batches: The batches of `steps`, on the devices. They end early if the stream fails.
+        steps: The steps to take, counted from 0.
         saver: The Saver, or None in a process that does not write.
-        evaluations: The Evaluations.
-        progress: The StreamProgress of `batches`.
+        evaluations, progress: The Evaluations, and the StreamProgress of `batches`.
 
     Returns the last state, and the number of steps that it has taken.
     """
-    batches = evaluations.resume(state.params, steps.start, batches)
+    evaluations.run_missing(state.params, steps.start)
+    if evaluations.ends:
+        batches = ()
     is_last = False
     totals = zeros = zero_totals()
     step = steps.start
-    position = progress.start
-    for step, batch in enumerate(prefetch(batches), steps.start + 1):
+    for step, batch in enumerate(batches, steps.start + 1):
         previous_totals = totals
         state, totals = p_train_step(state, totals, batch)
         # The host stays exactly one step ahead of the devices.
         jax.block_until_ready(previous_totals)
         log.flush()
         log.training_bar.update()
-        position = progress.position_after.pop(step)
-        # All processes must call `check`.
+        progress.advance(step)
         is_stopping = stop.check(step) != 0
         is_last = is_stopping or step == steps.stop
         is_evaluation = evaluations.are_due(step) and not is_stopping
         is_candidate = is_evaluation and evaluations.keeps_best
         is_save = step % args.save_steps == 0 or is_last or is_candidate
+        raise_save_failure(saver)
         if step % args.logging_steps == 0 or is_save:
             log.due = (step, totals)
             totals = zeros
@@ -1639,23 +1720,21 @@ def train(
             if is_candidate:
                 # The checkpoint stores the result.
                 is_last = evaluations.run(state.params, step) or is_last
-            positions = share_json(position)
-            if saver:
-                saver.save(state, step, is_last, stream=positions, **evaluations.stored())
+            progress.save(saver, state, step, is_last, evaluations)
         if is_last:
             break
         if is_evaluation and not is_candidate:
+            # The log line of this step comes before that of the evaluation.
+            log.flush()
             evaluations.run(state.params, step)
 
-    if progress.error and jax.process_count() > 1:
-        # The other processes end with this one.
-        raise progress.error
+    progress.raise_error_of_cluster()
     if not is_last:
         # The stream has failed, or an earlier run took all steps and may not have exported.
+        if totals is not zeros:
+            log.due = (step, totals)
         log.flush()
-        positions = share_json(position)
-        if saver:
-            saver.save(state, step, is_last=True, stream=positions, **evaluations.stored())
+        progress.save(saver, state, step, is_last=True, evaluations=evaluations)
     return state, step
 
 
@@ -1708,7 +1787,10 @@ def parse_args(argv: list[str]):
     }
     has_model = (Path(args.output_dir) / "flax_model.msgpack").is_file()
     if has_model and not args.do_train and not args.model_name_or_path:
+        # The config of the finished run has all settings, such as an enlarged vocabulary.
         args.model_name_or_path = args.output_dir
+        args.config_name = None
+        args.config_overrides = None
     check_args(args)
     check_objective_args(args)
     return args
@@ -1749,8 +1831,11 @@ def check_args(args) -> None:
         lambda value: 1 <= value <= MAX_STEPS or value == -1,
     )
     check_range(
+        args, "warmup_steps", f"between 0 and {MAX_STEPS}", lambda value: 0 <= value <= MAX_STEPS
+    )
+    check_range(
         args,
-        "warmup_steps learning_rate weight_decay max_grad_norm",
+        "learning_rate weight_decay max_grad_norm",
         "at least 0 and finite",
         lambda value: 0 <= value < math.inf,
     )
@@ -1768,6 +1853,11 @@ def check_args(args) -> None:
     # `datasets` 5.0 takes braces for names of its own.
     check_range(args, "cache_dir", "a path without braces", lambda value: "{" not in value)
     check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
+    if args.cache_dir and Path(args.cache_dir).resolve().is_relative_to(
+        Path(args.output_dir).resolve()
+    ):
+        # --push_to_hub would upload it.
+        raise InputError(f"--cache_dir {args.cache_dir}: it must not be in --output_dir")
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
     check_range(
@@ -1811,11 +1901,15 @@ def check_sources(args) -> None:
         raise InputError("--validation_file needs --train_file, or --do_eval alone")
 
 
-def check_range(args, names: str, meaning: str, holds) -> None:
-    """Raise InputError for the first of the flags `names` whose value `holds` refuses."""
+def check_range(args, names: str, meaning: str, is_valid) -> None:
+    """Raise InputError for the first flag whose value is not valid.
+
+    `names` are flags, separated by spaces. One that the script does not have, or whose value is
+    None, is skipped.
+    """
     for name in names.split():
         value = getattr(args, name, None)
-        if value is not None and not holds(value):
+        if value is not None and not is_valid(value):
             raise InputError(f"--{name} {value}: it must be {meaning}")
 
 
@@ -1829,7 +1923,9 @@ class TrainingLog:
     def __init__(self, args, steps: range, steps_per_epoch: int | None):
         self.writing_fails = f"{args.output_dir}: cannot write what TensorBoard shows"
         self.writer = None
-        if is_writer(args):
+        # An evaluation alone is of no step, so it adds no point to the curves of the training.
+        self.trains = args.do_train
+        if self.trains and is_writer(args):
             with input_errors(self.writing_fails):
                 self.writer = Writer(str(args.output_dir))
         self.show_bars = is_writer(args) and not args.disable_tqdm and sys.stderr.isatty()
@@ -1891,7 +1987,7 @@ class TrainingLog:
                     self.writer.add_scalar(name, value, step)
                 self.writer.flush()
         shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
-        logger.info(f"Step {step}: {shown}")
+        logger.info(f"Step {step}: {shown}" if self.trains else shown)
 
 
 @contextmanager
@@ -1946,6 +2042,8 @@ def profiled(p_train_step, args, steps: range):
 def write_results(output_dir: str, results: dict[str, float], split: str) -> None:
     """Write SPLIT_results.json, and add the same values to all_results.json."""
     path = Path(output_dir, "all_results.json")
+    # An evaluation alone may be the first to write there.
+    path.parent.mkdir(parents=True, exist_ok=True)
     previous = {}
     if path.exists():
         try:
@@ -2008,9 +2106,10 @@ def leaf_name(path) -> str:
 def write_checkpoint(checkpoints: Path, state, step: int, settings: dict) -> None:
     """Write the folder checkpoints/STEP, which gets its name when it is complete.
 
-    It holds `state.safetensors`, the leaves of `state` by `leaf_name`, and `run.json`, the step,
-    the settings, the versions of the libraries, and the SHA-256 of both. Batches and dropout are
-    functions of the seed and the step, so nothing else is needed to resume.
+    `state.safetensors` has the leaves of `state` by `leaf_name`. `run.json` has the step, the
+    settings, the versions of the libraries, the SHA-256 of `state.safetensors` and that of its own
+    other content. Batches and dropout are functions of the seed and the step, so nothing else is
+    needed to resume.
     """
     temporary = checkpoints / f"{step}.tmp"
     temporary.mkdir()
@@ -2022,7 +2121,7 @@ def write_checkpoint(checkpoints: Path, state, step: int, settings: dict) -> Non
         "versions": {module.__name__: module.__version__ for module in (jax, optax, transformers)},
         "state_sha256": file_sha256(temporary / STATE_FILE),
     }
-    run["run_sha256"] = settings_sha256(run)
+    run["run_sha256"] = run_sha256(run)
     (temporary / RUN_FILE).write_text(json.dumps(run, indent=2))
     # Sync before the rename, so that no crash leaves an incomplete checkpoint under its final name.
     for path in (temporary / STATE_FILE, temporary / RUN_FILE, temporary):
@@ -2062,7 +2161,7 @@ def verify_checksums(folder: Path) -> None:
             )
 
 
-def settings_sha256(run: dict) -> str:
+def run_sha256(run: dict) -> str:
     """SHA-256 of the content of `run.json` without this checksum."""
     content = {name: value for name, value in run.items() if name != "run_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -2071,7 +2170,7 @@ def settings_sha256(run: dict) -> str:
 def read_run(checkpoint: Path) -> dict:
     """The content of a checkpoint's `run.json`. Raises ValueError if a checksum does not match."""
     run = json.loads((checkpoint / RUN_FILE).read_text())
-    if run["run_sha256"] != settings_sha256(run):
+    if run["run_sha256"] != run_sha256(run):
         raise ValueError(f"{RUN_FILE} does not match its checksum")
     if run["state_sha256"] != file_sha256(checkpoint / STATE_FILE):
         raise ValueError(f"{STATE_FILE} does not match its checksum")
@@ -2108,21 +2207,24 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def check_output_dir(args) -> None:
     """Raise InputError if --output_dir cannot be written or holds files of something else."""
     output_dir = Path(args.output_dir).absolute()
-    parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    with input_errors(f"--output_dir {output_dir}: {parent} is not writable"):
-        tempfile.TemporaryFile(dir=parent).close()
+    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    with input_errors(f"--output_dir {output_dir}: {nearest} is not writable"):
+        tempfile.TemporaryFile(dir=nearest).close()
     if (output_dir / "checkpoints").is_file():
         raise InputError(f"--output_dir {output_dir}: checkpoints is a file in it, not a folder")
-    is_empty = parent != output_dir or {file.name for file in output_dir.iterdir()} <= {LOCK_FILE}
+    is_new = nearest != output_dir
+    is_empty = is_new or {file.name for file in output_dir.iterdir()} <= {LOCK_FILE}
     sources = [Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name]
-    is_ours = (
+    may_have_files = (
         args.overwrite_output_dir
         or not args.do_train
         or args.resume_from_checkpoint
         or (output_dir / "checkpoints").is_dir()
+        # A run was killed while it replaced the checkpoints.
+        or (output_dir / TEMPORARY_FOLDER).is_dir()
         or output_dir in sources
     )
-    if not is_ours and not is_empty:
+    if not is_empty and not may_have_files:
         raise InputError(
             f"--output_dir {output_dir}: it has files but no checkpoints; choose another folder, "
             "or give --overwrite_output_dir"
@@ -2170,7 +2272,10 @@ def settings_to_match(args, config, batch_size: int) -> dict:
 
 def stream_settings(args, max_length: int, held_out) -> dict:
     """More settings in which a run must agree: those that a position in the stream depends on."""
+    sources = [args.dataset_name, args.dataset_config_name, *(args.train_file or [])]
     return {
+        # A folder may have moved.
+        "training data": [Path(source).name for source in sources if source],
         "number of processes": jax.process_count(),
         "max_seq_length": max_length,
         "held-out texts": held_out.num_texts,
@@ -2192,6 +2297,26 @@ def settings_to_log(args, train_set) -> dict:
     if hasattr(train_set, "input_ids"):
         settings["checksum of the training text"] = train_set.input_ids.checksum()
     return settings
+
+
+def check_processes_agree(num_steps: int, eval_set, settings: dict) -> None:
+    """Raise InputError in all processes if they have different data.
+
+    They would train on different texts, or wait for each other forever. `settings` are those of
+    `settings_to_log`.
+    """
+    numbers = {
+        "number of steps": num_steps,
+        "number of evaluation sequences": 0 if eval_set is None else len(eval_set),
+        "checksum of the training text": settings.get("checksum of the training text", 0),
+    }
+    for name, number in numbers.items():
+        found = np.unique(multihost_utils.process_allgather(np.uint32(number)))
+        if len(found) > 1:
+            raise InputError(
+                f"--distributed: the {name} differs between processes: {found.tolist()}; all need "
+                "the same data and flags"
+            )
 
 
 def log_changed_settings(before: dict, now: dict) -> None:
@@ -2248,9 +2373,9 @@ class Evaluations:
     """The evaluations during training, and the best of them with --load_best_model_at_end.
 
     With this flag, each evaluation is followed by a checkpoint, and the last step by an evaluation.
-    A checkpoint stores `best`, so a resumed run decides as an undisturbed one does: `step` and
-    `eval_loss` of the best evaluation, the step of the latest one, `evaluated`, and the number of
-    evaluations since the best, `without_improvement`.
+    A checkpoint stores `best`, so that a resumed run decides as an undisturbed one does. Its items:
+    `step` and `eval_loss`, of the best evaluation; `evaluated`, the step of the latest one;
+    `without_improvement`, the number of evaluations since the best.
     """
 
     def __init__(self, args, eval_steps: int | None, last_step: int, evaluate_now, best: dict):
@@ -2265,7 +2390,11 @@ class Evaluations:
         self.ends = self.best["without_improvement"] >= self.patience
 
     def are_due(self, step: int) -> bool:
-        """Whether to evaluate after `step`. `main` evaluates what is exported at the end."""
+        """Whether to evaluate after `step`.
+
+        After the last step only with --load_best_model_at_end, which needs the loss to choose the
+        best. Otherwise `main` evaluates the final weights.
+        """
         if step == self.last_step:
             return self.keeps_best
         return bool(self.eval_steps) and step % self.eval_steps == 0
@@ -2288,28 +2417,24 @@ class Evaluations:
                     logger.info(f"--early_stopping_patience: training ends after step {step}.")
         return self.ends
 
-    def resume(self, params, step: int, batches):
-        """Run the evaluation at the first step of a resumed run, if a signal has prevented it.
-
-        Returns `batches`, none if training has ended.
-        """
+    def run_missing(self, params, step: int) -> None:
+        """Run the evaluation of the step that a run resumes from, if a signal has prevented it."""
         is_missing = self.keeps_best and step > 0 and self.best["evaluated"] != step
         if is_missing and self.are_due(step):
             self.run(params, step)
-        return iter(()) if self.ends else batches
 
-    def stored(self) -> dict:
+    def to_store(self) -> dict:
         """What a checkpoint stores."""
         return {"best": self.best} if self.keeps_best else {}
 
 
-def best_before(args, found: dict) -> dict:
-    """The `best` of Evaluations in `found`, the settings of the checkpoint to resume from.
+def best_before(args, checkpoint_settings: dict) -> dict:
+    """The `best` of Evaluations in the settings of the checkpoint to resume from.
 
     It counts only if its checkpoint is in this output directory, so a run that resumes from another
     run starts with NO_BEST.
     """
-    best = found.get("best", NO_BEST) if args.load_best_model_at_end else NO_BEST
+    best = checkpoint_settings.get("best", NO_BEST) if args.load_best_model_at_end else NO_BEST
     checkpoint = Path(args.output_dir).absolute() / "checkpoints" / str(best["step"])
     # --overwrite_output_dir deletes the run's own checkpoints if it resumes from another run.
     is_deleted = args.overwrite_output_dir and not resumes_from_own(args)
@@ -2359,7 +2484,7 @@ class Saver:
         self.save_total_limit = args.save_total_limit
         self.output_dir = Path(args.output_dir)
         self.checkpoints = self.output_dir / "checkpoints"
-        self.temporary = self.output_dir / ".tmp"
+        self.temporary = self.output_dir / TEMPORARY_FOLDER
         self.pool = ThreadPoolExecutor(2)
         self.saving = None
         self.uploading = None
@@ -2372,8 +2497,10 @@ class Saver:
         shutil.rmtree(self.temporary, ignore_errors=True)
         keeps_own = args.resume_from_checkpoint is not None and resumes_from_own(args)
         if args.overwrite_output_dir and not keeps_own and self.checkpoints.exists():
-            # One rename removes them all at once.
-            shutil.rmtree(self.checkpoints.rename(self.temporary))
+            # One rename removes them all at once. The new folder shows that files are this run's.
+            self.checkpoints.rename(self.temporary)
+            self.checkpoints.mkdir()
+            shutil.rmtree(self.temporary)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob("*.tmp"):
             shutil.rmtree(leftover)
@@ -2397,14 +2524,14 @@ class Saver:
         Returns when the state is copied from the device and the previous save is written.
         """
         state = fetch(state)
-        self.wait(f"{self.output_dir}: saving failed, earlier checkpoints are intact")
+        self.wait()
         settings = self.settings | progress
         self.saving = self.pool.submit(self.write, state, step, is_last, settings)
 
-    def wait(self, message: str) -> None:
+    def wait(self) -> None:
         """Wait for the save in progress. Raises InputError if it failed."""
         if self.saving:
-            with input_errors(message):
+            with input_errors(f"{self.output_dir}: saving failed, earlier checkpoints are intact"):
                 self.saving.result()
 
     def write(self, state, step: int, is_last: bool, settings: dict) -> None:
@@ -2457,6 +2584,12 @@ class Saver:
             logger.warning(
                 f"The upload of step {step} failed, the next upload includes it: {reason}"
             )
+
+
+def raise_save_failure(saver: Saver | None) -> None:
+    """Raise InputError if the latest save has failed. A save in progress goes on."""
+    if saver and saver.saving and saver.saving.done():
+        saver.wait()
 
 
 class TimeLimit(requests.adapters.HTTPAdapter):
@@ -2668,7 +2801,7 @@ def is_writer(args) -> bool:
     return not args.distributed or jax.process_index() == 0
 
 
-def leave_out_os_errors(info) -> None:
+def ignore_os_errors_in_threads(info) -> None:
     """A `threading.excepthook` for TensorBoard 2.20, whose thread writes to the disk.
 
     When the disk is full, the thread would print a traceback. `TrainingLog.scalars` gets the same
@@ -2712,7 +2845,7 @@ def process_settings(args):
         stop.handle(stop.exit_now)
 
         undo.callback(setattr, threading, "excepthook", threading.excepthook)
-        threading.excepthook = leave_out_os_errors
+        threading.excepthook = ignore_os_errors_in_threads
 
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
@@ -2762,33 +2895,43 @@ def out_of_memory_errors(args):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        per_device = args.per_device_train_batch_size
-        accumulation = args.gradient_accumulation_steps
-        num_devices = jax.device_count()
         reason = str(error).partition("\n")[0][:300]
-        advice = []
-        if per_device > 1:
-            # The smallest divisor, for the same global batch size.
-            divisor = next(d for d in range(2, per_device + 1) if per_device % d == 0)
-            advice.append(
-                f"--per_device_train_batch_size={per_device // divisor} with "
-                f"--gradient_accumulation_steps={divisor * accumulation}"
-            )
-        if args.gradient_checkpointing != "layers":
-            advice.append("--gradient_checkpointing")
-        if args.dtype == "float32":
-            advice.append("--dtype=bfloat16")
-        if not args.adafactor:
-            advice.append("--adafactor")
-        length_flag = "block_size" if hasattr(args, "block_size") else "max_seq_length"
-        advice.append(f"a smaller --{length_flag}")
-        raise InputError(
-            f"a device has no memory left: {reason}; a device computes {per_device} sequences at a "
-            f"time in training, and {args.per_device_eval_batch_size} in evaluation; the global "
-            f"batch is {num_devices} devices x {accumulation} x {per_device} = "
-            f"{num_devices * accumulation * per_device}; what lowers memory, in the order to try: "
-            f"{', '.join(advice)}; in an evaluation: --per_device_eval_batch_size"
-        ) from error
+        raise InputError(f"a device has no memory left: {reason}; {memory_advice(args)}") from error
+
+
+def memory_advice(args) -> str:
+    """What a device computes at a time, and the flags that lower its memory."""
+    per_device = args.per_device_train_batch_size
+    per_device_eval = args.per_device_eval_batch_size
+    advice = []
+    if args.do_train and per_device > 1:
+        # The smallest divisor, for the same global batch size.
+        divisor = next(d for d in range(2, per_device + 1) if per_device % d == 0)
+        advice.append(
+            f"--per_device_train_batch_size={per_device // divisor} with "
+            f"--gradient_accumulation_steps={divisor * args.gradient_accumulation_steps}"
+        )
+    if not args.do_train and per_device_eval > 1:
+        advice.append(f"--per_device_eval_batch_size={per_device_eval // 2}")
+    if args.do_train and args.gradient_checkpointing != "layers":
+        advice.append("--gradient_checkpointing")
+    if args.dtype == "float32":
+        advice.append("--dtype=bfloat16")
+    if args.do_train and not args.adafactor:
+        advice.append("--adafactor, in a new run")
+    length_flag = "block_size" if hasattr(args, "block_size") else "max_seq_length"
+    advice.append(f"a smaller --{length_flag}")
+    what_helps = f"what lowers memory, in the order to try: {', '.join(advice)}"
+    if not args.do_train:
+        return f"a device computes {per_device_eval} sequences at a time; {what_helps}"
+    num_devices = jax.device_count()
+    accumulation = args.gradient_accumulation_steps
+    return (
+        f"a device computes {per_device} sequences at a time in training, and {per_device_eval} in "
+        f"evaluation; the global batch is {num_devices} devices x {accumulation} x {per_device} = "
+        f"{num_devices * accumulation * per_device}; {what_helps}; in an evaluation: "
+        "--per_device_eval_batch_size"
+    )
 
 
 @contextmanager
@@ -2837,21 +2980,28 @@ def main(argv: list[str] | None = None) -> None:
 
         # Initialize or restore.
         model, params = load_model(args, config)
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
         schedule = make_schedule(args, num_steps)
         optimizer = make_optimizer(args, schedule) if args.do_train else optax.identity()
+        # The state has a copy of the parameters.
         state = create_train_state(params, optimizer)
-        settings = settings_to_match(args, config, batch_size)
-        settings |= stream_settings(args, max_length, held_out)
-        other_settings = settings_to_log(args, train_set=None)
+        del params
+        required_settings = settings_to_match(args, config, batch_size)
+        required_settings |= stream_settings(args, max_length, held_out)
+        logged_settings = settings_to_log(args, train_set=None)
+        check_processes_agree(num_steps, eval_set, logged_settings)
         first_step = 0
-        found = {}
+        checkpoint_settings = {}
         positions = [start_of_epoch(0, carried=[])] * jax.process_count()
         if checkpoints and args.do_train:
-            state, first_step, found = restore(checkpoints, state, settings, num_steps)
-            positions = found["stream"]
+            state, first_step, checkpoint_settings = restore(
+                checkpoints, state, required_settings, num_steps
+            )
+            positions = stored_positions(checkpoint_settings, checkpoints[0].parent)
         # Process 0 sends the state to the others, one array at a time to limit memory.
         state, first_step, best = jax.tree.map(
-            multihost_utils.broadcast_one_to_all, (state, first_step, best_before(args, found))
+            multihost_utils.broadcast_one_to_all,
+            (state, first_step, best_before(args, checkpoint_settings)),
         )
         state = replicate(state)
         position = share_json(positions)[0][jax.process_index()]
@@ -2865,16 +3015,15 @@ def main(argv: list[str] | None = None) -> None:
         # started again in a folder that has files but no checkpoints.
         saver = None
         if args.do_train and writes:
-            stored = settings | other_settings
-            saver = Saver(args, model, tokenizer, stored, steps.start, upload, lock)
+            settings = required_settings | logged_settings
+            saver = Saver(args, model, tokenizer, settings, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch=None)
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
         evaluations = Evaluations(args, args.eval_steps, num_steps, evaluate_now, best)
 
         # Train.
         if args.do_train:
-            num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-            log_changed_settings(found, other_settings)
+            log_changed_settings(checkpoint_settings, logged_settings)
             logger.info(
                 f"Training {num_params:,} parameters, steps {steps.start} to {num_steps} of "
                 f"{jax.device_count()} {jax.default_backend()} devices x "
@@ -2885,25 +3034,21 @@ def main(argv: list[str] | None = None) -> None:
             shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
             progress = StreamProgress(position)
             batches = train_batches(blocks, collator, args.seed, steps, shape, progress)
-            # The next window is read while this one trains.
-            window = 2 + args.shuffle_buffer_size // batch_size
-            batches = prefetch(batches, window, transform=lambda batch: batch)
+            # The next window is read while this one trains. Each process has a window of its own.
+            num_ahead = 2 + args.shuffle_buffer_size * jax.process_count() // batch_size
             # The end of this block, even by an error, waits for what is being written.
-            with saver or nullcontext(), log, profiled(p_train_step, args, steps) as p_step:
+            with (
+                saver or nullcontext(),
+                log,
+                profiled(p_train_step, args, steps) as p_step,
+                closing(prefetch(batches, num_ahead)) as batches_ahead,
+                closing(prefetch(map(shard, batches_ahead))) as sharded,
+            ):
                 state, step = train(
-                    args,
-                    state,
-                    p_step,
-                    batches,
-                    steps,
-                    log,
-                    saver,
-                    stop,
-                    evaluations,
-                    progress,
+                    args, state, p_step, sharded, steps, log, saver, stop, evaluations, progress
                 )
                 if saver:
-                    saver.wait(f"{args.output_dir}: saving failed, earlier checkpoints are intact")
+                    saver.wait()
                 progress.raise_error(step)
                 state, step = load_best(state, step, evaluations, saver, stop)
             if saver and log.results:
@@ -2918,6 +3063,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # Publish.
         if upload and not (stop.agreed or stop.received):
+            # Nothing is left to save, so a signal ends the process.
+            stop.handle(stop.exit_now)
             publish(args, config, upload)
         if args.distributed:
             # JAX kills processes that finish five minutes after the first.

@@ -46,8 +46,9 @@ import threading
 import time
 import zlib
 from bisect import bisect_right
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
@@ -150,6 +151,9 @@ HUB_SECONDS = 50
 
 # The file in the output directory that a run locks.
 LOCK_FILE = ".lock"
+
+# The folder in the output directory where files are written before they get their place.
+TEMPORARY_FOLDER = ".tmp"
 
 # The checksums of an exported model, for `sha256sum --check`.
 CHECKSUM_FILE = "SHA256SUMS"
@@ -1192,17 +1196,20 @@ def eval_batches(sequences, collator, seed: int, per_device_batch_size: int):
         )
 
 
-def prefetch(batches, size: int = 2, transform=None):
-    """Generate `batches`, made in a background thread up to `size` ahead of their use.
+def prefetch(items, size: int = 2):
+    """Generate `items`, made in a background thread up to `size` ahead of their use.
 
-    Each is moved to the devices, or, in the streaming script, put through `transform`.
+    When the generator is closed, it waits for the item in progress, and no more are made.
     """
-    batches = map(transform or shard, batches)
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(next, batches, None) for _ in range(size)]
-        while (batch := pending.pop(0).result()) is not None:
-            pending.append(pool.submit(next, batches, None))
-            yield batch
+    items = iter(items)
+    pool = ThreadPoolExecutor(1)
+    try:
+        pending = deque(pool.submit(next, items, None) for _ in range(size))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1364,18 +1371,24 @@ def load_tokenizer(args):
 def enlarge_vocabulary(args, config, tokenizer) -> None:
     """Make the embedding table as large as the tokenizer. Raises InputError if it is pretrained.
 
-    JAX does not report token ids outside the table.
+    JAX raises no error for token ids outside the table: their embeddings are NaN.
     """
-    if len(tokenizer) <= config.vocab_size:
+    num_ids = count_token_ids(tokenizer)
+    if num_ids <= config.vocab_size:
         return
     message = (
-        f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, "
+        f"the tokenizer of {tokenizer.name_or_path} has {num_ids} tokens, "
         f"the model's table {config.vocab_size}"
     )
     if args.model_name_or_path:
         raise InputError(f"{message}: use the tokenizer that the model was trained with")
     logger.warning(f"{message}: the table is enlarged.")
-    config.vocab_size = len(tokenizer)
+    config.vocab_size = num_ids
+
+
+def count_token_ids(tokenizer) -> int:
+    """One more than the highest token id. Some ids below it may be of no token."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def load_model(args, config):
@@ -1401,6 +1414,10 @@ def load_model(args, config):
         for path, array in flatten_dict(initial).items():
             if path in missing:
                 params[path] = np.asarray(array)
+        if ("lm_head", "kernel") in missing:
+            # Transformers initializes it with a standard deviation of 1. With that of T5X, 1 over
+            # the root of its inputs, the first loss is near that of a uniform guess.
+            params["lm_head", "kernel"] = params["lm_head", "kernel"] * config.d_model**-0.5
     return model, unflatten_dict(params)
 
 
@@ -1590,9 +1607,9 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
 
     Args:
         state: The TrainState.
-        totals: Sums since the last log line, float32 scalars: `loss`, `predicted` and `tokens`.
-            `tokens` counts what `attention_mask` marks. Beside them `grad_norm`, also summed, which
-            is there to notice gradients that are not finite, and `learning_rate` of the last step.
+        totals: Sums since the last log line, float32 scalars: TRAINING_SUMS and `tokens`, which
+            counts what `attention_mask` marks. Beside them `grad_norm`, also summed, which is there
+            to notice gradients that are not finite, and `learning_rate` of the last step.
         batch: Arrays [accumulation steps, batch, length] int32.
         loss_fn: `loss_sums` as a function of (params, batch, dropout_rng).
         schedule: Function from the step to the learning rate.
@@ -1670,7 +1687,7 @@ def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int
     totals = {}
     pending = None
     with log.bar("Evaluating", num_batches, unit="batch", leave=False) as bar:
-        for number, batch in enumerate(prefetch(batches), 1):
+        for number, batch in enumerate(prefetch(map(shard, batches)), 1):
             # Fetch the sums of a batch when the devices have the next one to work on.
             sums = p_eval_step(params, batch)
             add_host_values(totals, pending)
@@ -1706,7 +1723,7 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
         args: The settings.
         state: The TrainState on the devices. Its buffers are donated.
         p_train_step: `train_step` under pmap.
-        batches: The batches of `steps`.
+        batches: The batches of `steps`, on the devices.
         steps: The steps to take, counted from 0.
         log: The TrainingLog.
         saver: The Saver, or None in a process that does not write.
@@ -1716,24 +1733,26 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
     Returns:
         The last state, and the number of steps that it has taken.
     """
-    batches = evaluations.resume(state.params, steps.start, batches)
+    evaluations.run_missing(state.params, steps.start)
+    if evaluations.ends:
+        batches = ()
     totals = zeros = zero_totals()
     step = steps.start
     # `step` counts the steps that are taken: it is 1 after the first.
-    for step, batch in enumerate(prefetch(batches), steps.start + 1):
+    for step, batch in enumerate(batches, steps.start + 1):
         previous_totals = totals
         state, totals = p_train_step(state, totals, batch)
         # The host stays exactly one step ahead of the devices.
         jax.block_until_ready(previous_totals)
         log.flush()
         log.training_bar.update()
-
         # All processes must call `check`.
         is_stopping = stop.check(step) != 0
         is_last = is_stopping or step == steps.stop
         is_evaluation = evaluations.are_due(step) and not is_stopping
         is_candidate = is_evaluation and evaluations.keeps_best
         is_save = step % args.save_steps == 0 or is_last or is_candidate
+        raise_save_failure(saver)
         if step % args.logging_steps == 0 or is_save:
             log.due = (step, totals)
             totals = zeros
@@ -1744,15 +1763,18 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
                 # The checkpoint stores the result.
                 is_last = evaluations.run(state.params, step) or is_last
             if saver:
-                saver.save(state, step, is_last, **evaluations.stored())
+                saver.save(state, step, is_last, **evaluations.to_store())
         if is_last:
             break
         if is_evaluation and not is_candidate:
+            # The log line of this step comes before that of the evaluation.
+            log.flush()
             evaluations.run(state.params, step)
 
     if saver and step == steps.start:
-        # There was no step to take. The earlier run may have been killed before its export.
-        saver.save(state, step, is_last=True, **evaluations.stored())
+        # No step was left. The checkpoint exists, so this exports the model only: the earlier run
+        # may have been killed before.
+        saver.save(state, step, is_last=True, **evaluations.to_store())
     return state, step
 
 
@@ -1802,7 +1824,10 @@ def parse_args(argv: list[str]):
     }
     has_model = (Path(args.output_dir) / "flax_model.msgpack").is_file()
     if has_model and not args.do_train and not args.model_name_or_path:
+        # The config of the finished run has all settings, such as an enlarged vocabulary.
         args.model_name_or_path = args.output_dir
+        args.config_name = None
+        args.config_overrides = None
     check_args(args)
     check_objective_args(args)
     return args
@@ -1843,8 +1868,11 @@ def check_args(args) -> None:
         lambda value: 1 <= value <= MAX_STEPS or value == -1,
     )
     check_range(
+        args, "warmup_steps", f"between 0 and {MAX_STEPS}", lambda value: 0 <= value <= MAX_STEPS
+    )
+    check_range(
         args,
-        "warmup_steps learning_rate weight_decay max_grad_norm",
+        "learning_rate weight_decay max_grad_norm",
         "at least 0 and finite",
         lambda value: 0 <= value < math.inf,
     )
@@ -1862,6 +1890,11 @@ def check_args(args) -> None:
     # `datasets` 5.0 takes braces for names of its own.
     check_range(args, "cache_dir", "a path without braces", lambda value: "{" not in value)
     check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
+    if args.cache_dir and Path(args.cache_dir).resolve().is_relative_to(
+        Path(args.output_dir).resolve()
+    ):
+        # --push_to_hub would upload it.
+        raise InputError(f"--cache_dir {args.cache_dir}: it must not be in --output_dir")
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
     check_range(
@@ -1905,11 +1938,15 @@ def check_sources(args) -> None:
         raise InputError("--validation_file needs --train_file, or --do_eval alone")
 
 
-def check_range(args, names: str, meaning: str, holds) -> None:
-    """Raise InputError for the first of the flags `names` whose value `holds` refuses."""
+def check_range(args, names: str, meaning: str, is_valid) -> None:
+    """Raise InputError for the first flag whose value is not valid.
+
+    `names` are flags, separated by spaces. One that the script does not have, or whose value is
+    None, is skipped.
+    """
     for name in names.split():
         value = getattr(args, name, None)
-        if value is not None and not holds(value):
+        if value is not None and not is_valid(value):
             raise InputError(f"--{name} {value}: it must be {meaning}")
 
 
@@ -1923,7 +1960,9 @@ class TrainingLog:
     def __init__(self, args, steps: range, steps_per_epoch: int | None):
         self.writing_fails = f"{args.output_dir}: cannot write what TensorBoard shows"
         self.writer = None
-        if is_writer(args):
+        # An evaluation alone is of no step, so it adds no point to the curves of the training.
+        self.trains = args.do_train
+        if self.trains and is_writer(args):
             with input_errors(self.writing_fails):
                 self.writer = Writer(str(args.output_dir))
         self.show_bars = is_writer(args) and not args.disable_tqdm and sys.stderr.isatty()
@@ -1985,7 +2024,7 @@ class TrainingLog:
                     self.writer.add_scalar(name, value, step)
                 self.writer.flush()
         shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
-        logger.info(f"Step {step}: {shown}")
+        logger.info(f"Step {step}: {shown}" if self.trains else shown)
 
 
 @contextmanager
@@ -2040,6 +2079,8 @@ def profiled(p_train_step, args, steps: range):
 def write_results(output_dir: str, results: dict[str, float], split: str) -> None:
     """Write SPLIT_results.json, and add the same values to all_results.json."""
     path = Path(output_dir, "all_results.json")
+    # An evaluation alone may be the first to write there.
+    path.parent.mkdir(parents=True, exist_ok=True)
     previous = {}
     if path.exists():
         try:
@@ -2102,9 +2143,10 @@ def leaf_name(path) -> str:
 def write_checkpoint(checkpoints: Path, state, step: int, settings: dict) -> None:
     """Write the folder checkpoints/STEP, which gets its name when it is complete.
 
-    It holds `state.safetensors`, the leaves of `state` by `leaf_name`, and `run.json`, the step,
-    the settings, the versions of the libraries, and the SHA-256 of both. Batches and dropout are
-    functions of the seed and the step, so nothing else is needed to resume.
+    `state.safetensors` has the leaves of `state` by `leaf_name`. `run.json` has the step, the
+    settings, the versions of the libraries, the SHA-256 of `state.safetensors` and that of its own
+    other content. Batches and dropout are functions of the seed and the step, so nothing else is
+    needed to resume.
     """
     temporary = checkpoints / f"{step}.tmp"
     temporary.mkdir()
@@ -2116,7 +2158,7 @@ def write_checkpoint(checkpoints: Path, state, step: int, settings: dict) -> Non
         "versions": {module.__name__: module.__version__ for module in (jax, optax, transformers)},
         "state_sha256": file_sha256(temporary / STATE_FILE),
     }
-    run["run_sha256"] = settings_sha256(run)
+    run["run_sha256"] = run_sha256(run)
     (temporary / RUN_FILE).write_text(json.dumps(run, indent=2))
     # Sync before the rename, so that no crash leaves an incomplete checkpoint under its final name.
     for path in (temporary / STATE_FILE, temporary / RUN_FILE, temporary):
@@ -2156,7 +2198,7 @@ def verify_checksums(folder: Path) -> None:
             )
 
 
-def settings_sha256(run: dict) -> str:
+def run_sha256(run: dict) -> str:
     """SHA-256 of the content of `run.json` without this checksum."""
     content = {name: value for name, value in run.items() if name != "run_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -2165,7 +2207,7 @@ def settings_sha256(run: dict) -> str:
 def read_run(checkpoint: Path) -> dict:
     """The content of a checkpoint's `run.json`. Raises ValueError if a checksum does not match."""
     run = json.loads((checkpoint / RUN_FILE).read_text())
-    if run["run_sha256"] != settings_sha256(run):
+    if run["run_sha256"] != run_sha256(run):
         raise ValueError(f"{RUN_FILE} does not match its checksum")
     if run["state_sha256"] != file_sha256(checkpoint / STATE_FILE):
         raise ValueError(f"{STATE_FILE} does not match its checksum")
@@ -2202,21 +2244,24 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def check_output_dir(args) -> None:
     """Raise InputError if --output_dir cannot be written or holds files of something else."""
     output_dir = Path(args.output_dir).absolute()
-    parent = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    with input_errors(f"--output_dir {output_dir}: {parent} is not writable"):
-        tempfile.TemporaryFile(dir=parent).close()
+    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    with input_errors(f"--output_dir {output_dir}: {nearest} is not writable"):
+        tempfile.TemporaryFile(dir=nearest).close()
     if (output_dir / "checkpoints").is_file():
         raise InputError(f"--output_dir {output_dir}: checkpoints is a file in it, not a folder")
-    is_empty = parent != output_dir or {file.name for file in output_dir.iterdir()} <= {LOCK_FILE}
+    is_new = nearest != output_dir
+    is_empty = is_new or {file.name for file in output_dir.iterdir()} <= {LOCK_FILE}
     sources = [Path(name).absolute() for name in (args.config_name, args.tokenizer_name) if name]
-    is_ours = (
+    may_have_files = (
         args.overwrite_output_dir
         or not args.do_train
         or args.resume_from_checkpoint
         or (output_dir / "checkpoints").is_dir()
+        # A run was killed while it replaced the checkpoints.
+        or (output_dir / TEMPORARY_FOLDER).is_dir()
         or output_dir in sources
     )
-    if not is_ours and not is_empty:
+    if not is_empty and not may_have_files:
         raise InputError(
             f"--output_dir {output_dir}: it has files but no checkpoints; choose another folder, "
             "or give --overwrite_output_dir"
@@ -2276,6 +2321,26 @@ def settings_to_log(args, train_set) -> dict:
     return settings
 
 
+def check_processes_agree(num_steps: int, eval_set, settings: dict) -> None:
+    """Raise InputError in all processes if they have different data.
+
+    They would train on different texts, or wait for each other forever. `settings` are those of
+    `settings_to_log`.
+    """
+    numbers = {
+        "number of steps": num_steps,
+        "number of evaluation sequences": 0 if eval_set is None else len(eval_set),
+        "checksum of the training text": settings.get("checksum of the training text", 0),
+    }
+    for name, number in numbers.items():
+        found = np.unique(multihost_utils.process_allgather(np.uint32(number)))
+        if len(found) > 1:
+            raise InputError(
+                f"--distributed: the {name} differs between processes: {found.tolist()}; all need "
+                "the same data and flags"
+            )
+
+
 def log_changed_settings(before: dict, now: dict) -> None:
     """Log each setting of `now` that was another one in the checkpoint."""
     for name, value in now.items():
@@ -2321,9 +2386,9 @@ class Evaluations:
     """The evaluations during training, and the best of them with --load_best_model_at_end.
 
     With this flag, each evaluation is followed by a checkpoint, and the last step by an evaluation.
-    A checkpoint stores `best`, so a resumed run decides as an undisturbed one does: `step` and
-    `eval_loss` of the best evaluation, the step of the latest one, `evaluated`, and the number of
-    evaluations since the best, `without_improvement`.
+    A checkpoint stores `best`, so that a resumed run decides as an undisturbed one does. Its items:
+    `step` and `eval_loss`, of the best evaluation; `evaluated`, the step of the latest one;
+    `without_improvement`, the number of evaluations since the best.
     """
 
     def __init__(self, args, eval_steps: int | None, last_step: int, evaluate_now, best: dict):
@@ -2338,7 +2403,11 @@ class Evaluations:
         self.ends = self.best["without_improvement"] >= self.patience
 
     def are_due(self, step: int) -> bool:
-        """Whether to evaluate after `step`. `main` evaluates what is exported at the end."""
+        """Whether to evaluate after `step`.
+
+        After the last step only with --load_best_model_at_end, which needs the loss to choose the
+        best. Otherwise `main` evaluates the final weights.
+        """
         if step == self.last_step:
             return self.keeps_best
         return bool(self.eval_steps) and step % self.eval_steps == 0
@@ -2361,28 +2430,24 @@ class Evaluations:
                     logger.info(f"--early_stopping_patience: training ends after step {step}.")
         return self.ends
 
-    def resume(self, params, step: int, batches):
-        """Run the evaluation at the first step of a resumed run, if a signal has prevented it.
-
-        Returns `batches`, none if training has ended.
-        """
+    def run_missing(self, params, step: int) -> None:
+        """Run the evaluation of the step that a run resumes from, if a signal has prevented it."""
         is_missing = self.keeps_best and step > 0 and self.best["evaluated"] != step
         if is_missing and self.are_due(step):
             self.run(params, step)
-        return iter(()) if self.ends else batches
 
-    def stored(self) -> dict:
+    def to_store(self) -> dict:
         """What a checkpoint stores."""
         return {"best": self.best} if self.keeps_best else {}
 
 
-def best_before(args, found: dict) -> dict:
-    """The `best` of Evaluations in `found`, the settings of the checkpoint to resume from.
+def best_before(args, checkpoint_settings: dict) -> dict:
+    """The `best` of Evaluations in the settings of the checkpoint to resume from.
 
     It counts only if its checkpoint is in this output directory, so a run that resumes from another
     run starts with NO_BEST.
     """
-    best = found.get("best", NO_BEST) if args.load_best_model_at_end else NO_BEST
+    best = checkpoint_settings.get("best", NO_BEST) if args.load_best_model_at_end else NO_BEST
     checkpoint = Path(args.output_dir).absolute() / "checkpoints" / str(best["step"])
     # --overwrite_output_dir deletes the run's own checkpoints if it resumes from another run.
     is_deleted = args.overwrite_output_dir and not resumes_from_own(args)
@@ -2432,7 +2497,7 @@ class Saver:
         self.save_total_limit = args.save_total_limit
         self.output_dir = Path(args.output_dir)
         self.checkpoints = self.output_dir / "checkpoints"
-        self.temporary = self.output_dir / ".tmp"
+        self.temporary = self.output_dir / TEMPORARY_FOLDER
         self.pool = ThreadPoolExecutor(2)
         self.saving = None
         self.uploading = None
@@ -2445,8 +2510,10 @@ class Saver:
         shutil.rmtree(self.temporary, ignore_errors=True)
         keeps_own = args.resume_from_checkpoint is not None and resumes_from_own(args)
         if args.overwrite_output_dir and not keeps_own and self.checkpoints.exists():
-            # One rename removes them all at once.
-            shutil.rmtree(self.checkpoints.rename(self.temporary))
+            # One rename removes them all at once. The new folder shows that files are this run's.
+            self.checkpoints.rename(self.temporary)
+            self.checkpoints.mkdir()
+            shutil.rmtree(self.temporary)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob("*.tmp"):
             shutil.rmtree(leftover)
@@ -2470,14 +2537,14 @@ class Saver:
         Returns when the state is copied from the device and the previous save is written.
         """
         state = fetch(state)
-        self.wait(f"{self.output_dir}: saving failed, earlier checkpoints are intact")
+        self.wait()
         settings = self.settings | progress
         self.saving = self.pool.submit(self.write, state, step, is_last, settings)
 
-    def wait(self, message: str) -> None:
+    def wait(self) -> None:
         """Wait for the save in progress. Raises InputError if it failed."""
         if self.saving:
-            with input_errors(message):
+            with input_errors(f"{self.output_dir}: saving failed, earlier checkpoints are intact"):
                 self.saving.result()
 
     def write(self, state, step: int, is_last: bool, settings: dict) -> None:
@@ -2530,6 +2597,12 @@ class Saver:
             logger.warning(
                 f"The upload of step {step} failed, the next upload includes it: {reason}"
             )
+
+
+def raise_save_failure(saver: Saver | None) -> None:
+    """Raise InputError if the latest save has failed. A save in progress goes on."""
+    if saver and saver.saving and saver.saving.done():
+        saver.wait()
 
 
 class TimeLimit(requests.adapters.HTTPAdapter):
@@ -2741,7 +2814,7 @@ def is_writer(args) -> bool:
     return not args.distributed or jax.process_index() == 0
 
 
-def leave_out_os_errors(info) -> None:
+def ignore_os_errors_in_threads(info) -> None:
     """A `threading.excepthook` for TensorBoard 2.20, whose thread writes to the disk.
 
     When the disk is full, the thread would print a traceback. `TrainingLog.scalars` gets the same
@@ -2785,7 +2858,7 @@ def process_settings(args):
         stop.handle(stop.exit_now)
 
         undo.callback(setattr, threading, "excepthook", threading.excepthook)
-        threading.excepthook = leave_out_os_errors
+        threading.excepthook = ignore_os_errors_in_threads
 
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
@@ -2835,33 +2908,43 @@ def out_of_memory_errors(args):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        per_device = args.per_device_train_batch_size
-        accumulation = args.gradient_accumulation_steps
-        num_devices = jax.device_count()
         reason = str(error).partition("\n")[0][:300]
-        advice = []
-        if per_device > 1:
-            # The smallest divisor, for the same global batch size.
-            divisor = next(d for d in range(2, per_device + 1) if per_device % d == 0)
-            advice.append(
-                f"--per_device_train_batch_size={per_device // divisor} with "
-                f"--gradient_accumulation_steps={divisor * accumulation}"
-            )
-        if args.gradient_checkpointing != "layers":
-            advice.append("--gradient_checkpointing")
-        if args.dtype == "float32":
-            advice.append("--dtype=bfloat16")
-        if not args.adafactor:
-            advice.append("--adafactor")
-        length_flag = "block_size" if hasattr(args, "block_size") else "max_seq_length"
-        advice.append(f"a smaller --{length_flag}")
-        raise InputError(
-            f"a device has no memory left: {reason}; a device computes {per_device} sequences at a "
-            f"time in training, and {args.per_device_eval_batch_size} in evaluation; the global "
-            f"batch is {num_devices} devices x {accumulation} x {per_device} = "
-            f"{num_devices * accumulation * per_device}; what lowers memory, in the order to try: "
-            f"{', '.join(advice)}; in an evaluation: --per_device_eval_batch_size"
-        ) from error
+        raise InputError(f"a device has no memory left: {reason}; {memory_advice(args)}") from error
+
+
+def memory_advice(args) -> str:
+    """What a device computes at a time, and the flags that lower its memory."""
+    per_device = args.per_device_train_batch_size
+    per_device_eval = args.per_device_eval_batch_size
+    advice = []
+    if args.do_train and per_device > 1:
+        # The smallest divisor, for the same global batch size.
+        divisor = next(d for d in range(2, per_device + 1) if per_device % d == 0)
+        advice.append(
+            f"--per_device_train_batch_size={per_device // divisor} with "
+            f"--gradient_accumulation_steps={divisor * args.gradient_accumulation_steps}"
+        )
+    if not args.do_train and per_device_eval > 1:
+        advice.append(f"--per_device_eval_batch_size={per_device_eval // 2}")
+    if args.do_train and args.gradient_checkpointing != "layers":
+        advice.append("--gradient_checkpointing")
+    if args.dtype == "float32":
+        advice.append("--dtype=bfloat16")
+    if args.do_train and not args.adafactor:
+        advice.append("--adafactor, in a new run")
+    length_flag = "block_size" if hasattr(args, "block_size") else "max_seq_length"
+    advice.append(f"a smaller --{length_flag}")
+    what_helps = f"what lowers memory, in the order to try: {', '.join(advice)}"
+    if not args.do_train:
+        return f"a device computes {per_device_eval} sequences at a time; {what_helps}"
+    num_devices = jax.device_count()
+    accumulation = args.gradient_accumulation_steps
+    return (
+        f"a device computes {per_device} sequences at a time in training, and {per_device_eval} in "
+        f"evaluation; the global batch is {num_devices} devices x {accumulation} x {per_device} = "
+        f"{num_devices * accumulation * per_device}; {what_helps}; in an evaluation: "
+        "--per_device_eval_batch_size"
+    )
 
 
 @contextmanager
@@ -2911,18 +2994,25 @@ def main(argv: list[str] | None = None) -> None:
 
         # Initialize or restore.
         model, params = load_model(args, config)
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
         schedule = make_schedule(args, num_steps)
         optimizer = make_optimizer(args, schedule) if args.do_train else optax.identity()
+        # The state has a copy of the parameters.
         state = create_train_state(params, optimizer)
-        settings = settings_to_match(args, config, batch_size)
-        other_settings = settings_to_log(args, train_set)
+        del params
+        required_settings = settings_to_match(args, config, batch_size)
+        logged_settings = settings_to_log(args, train_set)
+        check_processes_agree(num_steps, eval_set, logged_settings)
         first_step = 0
-        found = {}
+        checkpoint_settings = {}
         if checkpoints and args.do_train:
-            state, first_step, found = restore(checkpoints, state, settings, num_steps)
+            state, first_step, checkpoint_settings = restore(
+                checkpoints, state, required_settings, num_steps
+            )
         # Process 0 sends the state to the others, one array at a time to limit memory.
         state, first_step, best = jax.tree.map(
-            multihost_utils.broadcast_one_to_all, (state, first_step, best_before(args, found))
+            multihost_utils.broadcast_one_to_all,
+            (state, first_step, best_before(args, checkpoint_settings)),
         )
         state = replicate(state)
         steps = range(int(first_step), num_steps)
@@ -2933,8 +3023,8 @@ def main(argv: list[str] | None = None) -> None:
         # started again in a folder that has files but no checkpoints.
         saver = None
         if args.do_train and writes:
-            stored = settings | other_settings
-            saver = Saver(args, model, tokenizer, stored, steps.start, upload, lock)
+            settings = required_settings | logged_settings
+            saver = Saver(args, model, tokenizer, settings, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch)
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
         eval_steps = args.eval_steps or steps_per_epoch
@@ -2942,8 +3032,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Train.
         if args.do_train:
-            num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-            log_changed_settings(found, other_settings)
+            log_changed_settings(checkpoint_settings, logged_settings)
             logger.info(
                 f"Training {num_params:,} parameters on {len(train_set):,} sequences of "
                 f"{collator.max_length} tokens (inputs of {collator.inputs_length}, targets of "
@@ -2956,12 +3045,17 @@ def main(argv: list[str] | None = None) -> None:
             shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
             batches = train_batches(train_set, collator, args.seed, steps, shape)
             # The end of this block, even by an error, waits for what is being written.
-            with saver or nullcontext(), log, profiled(p_train_step, args, steps) as p_step:
+            with (
+                saver or nullcontext(),
+                log,
+                profiled(p_train_step, args, steps) as p_step,
+                closing(prefetch(map(shard, batches))) as sharded,
+            ):
                 state, step = train(
-                    args, state, p_step, batches, steps, log, saver, stop, evaluations
+                    args, state, p_step, sharded, steps, log, saver, stop, evaluations
                 )
                 if saver:
-                    saver.wait(f"{args.output_dir}: saving failed, earlier checkpoints are intact")
+                    saver.wait()
                 state, step = load_best(state, step, evaluations, saver, stop)
             if saver and log.results:
                 write_results(args.output_dir, log.results, "train")
@@ -2975,6 +3069,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # Publish.
         if upload and not (stop.agreed or stop.received):
+            # Nothing is left to save, so a signal ends the process.
+            stop.handle(stop.exit_now)
             publish(args, config, upload)
         if args.distributed:
             # JAX kills processes that finish five minutes after the first.

@@ -15,6 +15,7 @@ sentinel tokens above the vocabulary:
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -244,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         for file in args.train_file:
             open(file, encoding="utf-8").close()
         output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
         tokenizer = train_tokenizer(args)
         save_for_t5(tokenizer, args.output_dir, args.extra_ids, args.max_length)
     except Exception as error:

@@ -84,7 +84,7 @@ def deliver(tokenizer, source: Source, num_tokens: int) -> int:
     steps = range(num_tokens // LENGTH // batch_size)
     progress = stream.StreamProgress(position)
     batches = stream.train_batches(shuffled, collator, 42, steps, (1, BATCH_SIZE), progress)
-    return sum(batch["input_ids"].size for batch in stream.prefetch(batches))
+    return sum(batch["input_ids"].size for batch in stream.prefetch(map(stream.shard, batches)))
 
 
 def tokens_per_second(function, *args) -> tuple[float, float]:

@@ -163,10 +163,10 @@ NOTES = {
     "mistral": "as `llama`; sequences no longer than `sliding_window`",
     "roformer": "gets an `embedding_size` of `hidden_size`",
     "bert": "causal: gets `is_decoder`, as all encoders do",
-    "big_bird": "causal: gets full attention with `--line_by_line`, with up to 11 blocks, or if "
-    "the length is no multiple of a block",
+    "big_bird": "masked: gets full attention with `--line_by_line`, with up to 11 blocks, or if "
+    "the length is no multiple of a block; causal: always",
     "gpt-sw3": "its configuration is GPT-2's",
-    "mbart": "denoising: the objective of BART, without language codes",
+    "mbart": "denoising: the objective of BART, in one language",
 }
 # {column of the table: scripts}
 COLUMNS = {

@@ -677,6 +677,8 @@ def numbered_batches(count: int, log=None, fail_at=None):
 def test_prefetch_keeps_the_order():
     numbers = [int(batch["x"][0, 0]) for batch in mlm.prefetch(numbered_batches(50))]
     assert numbers == list(range(50))
+    batches = mlm.prefetch(map(mlm.shard, numbered_batches(50)))
+    assert [int(batch["x"][0, 0]) for batch in batches] == numbers
     assert list(mlm.prefetch(numbered_batches(0))) == []
 
 
@@ -719,3 +721,30 @@ def test_prefetch_stops_its_thread_when_abandoned(how):
         time.sleep(0.01)
     assert threading.active_count() <= num_threads
     assert len(log) < 10
+
+
+def test_prefetch_that_is_closed_makes_no_more():
+    """A stream of a large window has hundreds of batches on order when a signal stops the run."""
+    made = []
+    second_begins = threading.Event()
+    second_may_end = threading.Event()
+
+    def numbers():
+        for number in range(1000):
+            if number == 1:
+                second_begins.set()
+                assert second_may_end.wait(300)
+            yield number
+            made.append(number)
+
+    items = mlm.prefetch(numbers(), size=500)
+    assert next(items) == 0
+    assert second_begins.wait(300)
+    closing = threading.Thread(target=items.close)
+    closing.start()
+    # The order is withdrawn at once, and then `close` waits for the second item.
+    time.sleep(0.2)
+    second_may_end.set()
+    closing.join(300)
+    assert not closing.is_alive()
+    assert len(made) <= 2

@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -432,7 +433,9 @@ def check_same(a: Path, b: Path, names=EXPORTED):
     last_b = json.loads(run_file(b, checkpoints(b)[-1]).read_text())
     for last in (last_a, last_b):
         # One run may read a copy of the other's folder. The checksum covers its name.
-        del last["run_sha256"], last["settings"]["--dataset_name"]
+        for name in ("--dataset_name", "training data"):
+            del last["settings"][name]
+        del last["run_sha256"]
     assert last_a == last_b
 
 
@@ -474,9 +477,8 @@ def test_a_shard_that_cannot_be_read(place, undisturbed):
     (line,) = run.lines
     (step,) = checkpoints(output_dir)
     assert 3 < step < STEPS
-    assert all(
-        word in line for word in ("--dataset_name broken", "cannot be read", f"step {step} ")
-    )
+    words = ("--dataset_name broken", "cannot be read", f"step {step} ", "without --overwrite")
+    assert [word for word in words if word not in line] == []
     assert (output_dir / "model.safetensors").exists()
 
     # The shard is still broken.
@@ -578,14 +580,93 @@ def test_a_larger_window_puts_no_more_batches_on_the_devices(place):
         ({"shuffle_buffer_size": 31}, "its shuffle_buffer_size is 30, here 31"),
         ({"num_eval_samples": 120}, "its held-out texts is "),
         ({"seed": 43}, "its seed is 42, here 43"),
+        (
+            {"dataset_name": None, "train_file": "train.txt"},
+            "its training data is ['folder'], here ['train.txt']",
+        ),
     ],
     ids=str,
 )
 def test_another_stream_is_not_resumed(place, undisturbed, changes, message):
-    run = place.run("undisturbed", **{**TRAINING, **changes}, dataset_name="folder")
+    run = place.run("undisturbed", **{**TRAINING, "dataset_name": "folder", **changes})
     assert run.returncode == 1
     (line,) = run.lines
     assert f"checkpoints/40: {message}" in line
+
+
+def test_the_checkpoint_of_another_script_is_refused(place, undisturbed):
+    """It has no position in a stream."""
+    output_dir = place.directory / "of_another_script"
+    shutil.copytree(undisturbed, output_dir)
+    for step in checkpoints(output_dir):
+        path = run_file(output_dir, step)
+        run = json.loads(path.read_text())
+        del run["settings"]["stream"]
+        run["run_sha256"] = stream.run_sha256(run)
+        path.write_text(json.dumps(run))
+    run = place.run(output_dir, **TRAINING, dataset_name="folder")
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert "another script" in line
+
+
+def test_a_stream_that_ends_before_the_position_of_a_checkpoint(place):
+    """The texts are fewer than when the checkpoint was written."""
+    folder = place.directory / "shrinking"
+    folder.mkdir()
+    for index, lines in enumerate((400, 400)):
+        write_text(folder / f"train-{index}.txt", lines, seed=index)
+    flags = {**TRAINING, "dataset_name": "shrinking", "do_train": True, "num_eval_samples": 0}
+    kill_at = [r"^rename .*/checkpoints/36$", r"^rename .*/flax_model\.msgpack$"]
+    run = place.run("shrunk", **flags, kill_at=kill_at)
+    assert run.returncode == 137
+    (folder / "train-1.txt").unlink()
+    run = place.run("shrunk", **flags)
+    assert run.returncode in (0, 1), run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def break_the_stream_after_a_loss_that_is_not_finite(script):
+    """Change the script: the losses are NaN from the start, and the stream ends after 5 batches."""
+    import jax
+    import numpy as np
+
+    make_program = jax.pmap
+
+    def pmap(function, *args, **options):
+        program = make_program(function, *args, **options)
+
+        def run(*inputs):
+            outputs = program(*inputs)
+            if len(inputs) == 3:
+                state, totals = outputs
+                nan = script.replicate({"loss": np.float32(np.nan)})["loss"]
+                outputs = (state, {**totals, "loss": nan})
+            return outputs
+
+        return run
+
+    make_batch = script.make_batch
+    made = []
+
+    def make_few(*args):
+        made.append(1)
+        if len(made) > 5:
+            raise script.InputError("the stream is broken")
+        return make_batch(*args)
+
+    jax.pmap = pmap
+    script.make_batch = make_few
+
+
+def test_a_broken_stream_saves_no_state_that_is_not_finite(place):
+    flags = {**TRAINING, "save_steps": 1000, "logging_steps": 1000, "do_train": True}
+    change = break_the_stream_after_a_loss_that_is_not_finite
+    run = place.run("not_finite", **flags, dataset_name="folder", change=change)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert "step 5: the loss or its gradient is not finite" in line
+    assert checkpoints(place.directory / "not_finite") == []
 
 
 def test_two_processes(place):

@@ -16,7 +16,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from outputs import EXPORTED, differing, outcome
+from outputs import EXPORTED, differing, logged_steps, outcome
 from safetensors.numpy import load_file
 from training_scripts import Place, checkpoints, full_but, template_alone, wait_for
 from transformers import RobertaConfig
@@ -431,6 +431,68 @@ def test_all_results_that_are_damaged(place, copied):
     assert results == json.loads((copied / "eval_results.json").read_text())
 
 
+def test_an_evaluation_alone_adds_no_point_to_the_curves(place, copied):
+    """It is of no step. The curves of the training lie in the same folder."""
+    events = sorted(copied.glob("events.*"))
+    before = [path.read_bytes() for path in events]
+    run = place.run(copied, do_eval=True)
+    assert (run.returncode, run.lines) == (0, [])
+    assert sorted(copied.glob("events.*")) == events
+    assert [path.read_bytes() for path in events] == before
+    assert "Step 0" not in run.stderr
+    assert " eval_loss " in run.stderr
+
+
+def test_the_log_line_of_a_step_comes_before_that_of_its_evaluation(place, tmp_path):
+    flags = {"max_steps": 5, "eval_steps": 2, "logging_steps": 2, "save_steps": 100}
+    run = place.run(tmp_path / "out", **flags)
+    assert run.returncode == 0
+    found = re.findall(r"Step (\d): (train|eval)_loss", run.stderr)
+    names = ("train", "eval")
+    assert found == [(step, name) for step in "245" for name in names]
+
+
+def fail_the_first_save(script):
+    """Change the script: no checkpoint can be written. A save has failed before the next step."""
+    from concurrent.futures import wait
+
+    def write_checkpoint(*args):
+        raise OSError("no space left")
+
+    save = script.Saver.save
+
+    def save_and_wait(self, *args, **progress):
+        save(self, *args, **progress)
+        wait([self.saving])
+
+    script.write_checkpoint = write_checkpoint
+    script.Saver.save = save_and_wait
+
+
+def test_training_ends_when_a_save_has_failed(place, tmp_path):
+    """And not only at the next save, since all steps until then would be lost."""
+    flags = {"max_steps": 100, "save_steps": 50, "logging_steps": 1}
+    run = place.run(tmp_path / "out", **flags, change=fail_the_first_save)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert "saving failed" in line
+    assert "no space left" in line
+    assert logged_steps(tmp_path / "out")[-1] in (50, 51)
+
+
+@pytest.mark.parametrize(
+    "kill_at", [r"^mkdir .*/checkpoints$", r"^remove (.*/)?state\.safetensors$"]
+)
+def test_killed_while_it_replaces_the_checkpoints(place, copied, kill_at):
+    """The same command without --overwrite_output_dir runs then."""
+    run = place.run(copied, **TRAINING, overwrite_output_dir=True, kill_at=[kill_at])
+    assert (run.returncode, checkpoints(copied)) == (137, [])
+    run = place.run(copied, **TRAINING)
+    assert (run.returncode, run.lines) == (0, [])
+    assert checkpoints(copied)[-1] == TRAINING["max_steps"]
+    assert not (copied / ".tmp").exists()
+
+
 def test_an_evaluation_batch_larger_than_the_set(place, copied):
     flags = {"do_eval": True, "model_name_or_path": copied}
     expected = place.run(copied, **flags)
@@ -522,6 +584,10 @@ def test_checkpoints_is_a_file(place, tmp_path):
         ({"num_attention_heads": 3}, ["hidden_size 16", "num_attention_heads 3"]),
         ({"hidden_act": "nosuch"}, ["config", "unknown name 'nosuch'"]),
         ({"max_position_embeddings": 1}, ["max_position_embeddings"]),
+        (
+            {"position_embedding_type": "relative_key"},
+            ["position_embedding_type is relative_key", "absolute built in"],
+        ),
     ],
     ids=lambda value: next(iter(value)),
 )

@@ -21,6 +21,7 @@ from training_scripts import (
     full_but,
     template_alone,
     wait_for,
+    write_text,
 )
 
 STEPS = 18
@@ -176,6 +177,20 @@ def test_an_error_of_one_process_ends_both(place):
     assert runs[0].returncode == 1
     assert len(runs[0].lines) == 1
     assert "--output_dir" in runs[0].stderr
+
+
+@template_alone
+def test_processes_with_different_text_end_both(place):
+    """One host has an old copy of the text. The processes would train on different texts."""
+    other = write_text(place.directory / "other.txt", 400, seed=9)
+    runs = start_cluster(place, "different", first={"train_file": other}, **eight_devices(place))
+    for run in runs:
+        run.wait()
+        assert run.returncode != 0
+    assert runs[0].returncode == 1
+    (line,) = runs[0].lines
+    assert "--distributed: the checksum of the training text differs between processes" in line
+    assert not (place.directory / "different").exists()
 
 
 def slow_start(script):

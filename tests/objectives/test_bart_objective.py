@@ -8,6 +8,7 @@ has the mean 1 - 2 / (9 k) and the variance 2 / (9 k).
 
 import math
 import random
+import re
 from collections import Counter
 from functools import cache
 from itertools import permutations
@@ -21,7 +22,7 @@ from bart_reference import NUM_WORDS, denoise_row, documents, make_rows
 from distributions import assert_distribution, assert_same_distribution
 from flax.traverse_util import flatten_dict, unflatten_dict
 from gradients import random_params
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from training_scripts import word_tokenizer
 from transformers import (
     CONFIG_MAPPING,
@@ -29,6 +30,7 @@ from transformers import (
     BartConfig,
     FlaxAutoModelForSeq2SeqLM,
     MBartConfig,
+    PreTrainedTokenizerFast,
 )
 
 import run_bart_dlm_flax as bart
@@ -409,20 +411,47 @@ def split(text: str) -> list[str]:
     return sentences
 
 
-def test_sentences_are_marked_and_tokens_stay_as_they_are(roberta_dir):
-    tokenizer = AutoTokenizer.from_pretrained(roberta_dir)
-    sentences = split(TEXT)
-    assert len(sentences) == 5
-    assert bart.mark_sentences(TEXT, "en", "|") == "|".join(sentences)
-    texts = [TEXT, None, "", "  \n", "One sentence", "Two. Sentences."]
-    encoded = bart.encode({"text": texts}, tokenizer, "en")
-    not_blank = [TEXT, "One sentence", "Two. Sentences."]
-    for text, ids in zip(not_blank, encoded["input_ids"], strict=True):
-        ids = np.array(ids)
-        is_mark = ids == tokenizer.pad_token_id
-        assert ids[~is_mark].tolist() == tokenizer(text.rstrip())["input_ids"]
-        parts = np.split(ids, np.flatnonzero(is_mark))
-        assert [tokenizer.decode(part, skip_special_tokens=True) for part in parts] == split(text)
+def sentences_of(tokenizer, tokens: list[int], starts_sentence: list[int]) -> list[str]:
+    """The text of each sentence, decoded."""
+    parts = np.split(np.array(tokens), np.flatnonzero(starts_sentence))
+    return [tokenizer.decode(part, skip_special_tokens=True) for part in parts]
+
+
+@pytest.mark.parametrize("use_fast", [True, False])
+def test_sentences_are_marked_and_tokens_stay_as_they_are(roberta_dir, use_fast):
+    tokenizer = AutoTokenizer.from_pretrained(roberta_dir, use_fast=use_fast)
+    assert tokenizer.is_fast == use_fast
+    assert len(split(TEXT)) == 5
+    texts = [TEXT, None, "", "  \n", "One sentence", "Two. Sentences.", " Space.  And more. \n"]
+    found = bart.encode({"text": texts}, tokenizer, "en")
+    not_blank = [text for text in texts if text and text.strip()]
+    rows = zip(not_blank, found["input_ids"], found["starts_sentence"], strict=True)
+    for text, tokens, marks in rows:
+        assert tokens == tokenizer(text.rstrip())["input_ids"]
+        sentences = [sentence.rstrip() for sentence in sentences_of(tokenizer, tokens, marks)]
+        assert sentences == split(text)
+
+
+def test_sentences_without_white_space_between_them(tmp_path):
+    """A tokenizer such as mBART's puts a space before a text. None comes between two sentences."""
+    sentences = ["你好。", "再见。", "我们走。"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=40, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], unk_token="<unk>"
+    )
+    tokenizer.train_from_iterator(sentences * 5, trainer)
+    names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{f"{kind}_token": name for kind, name in names.items()}
+    )
+    text = "".join(sentences)
+    found = bart.encode({"text": [text]}, tokenizer, "zh")
+    (tokens,) = found["input_ids"]
+    assert tokens == [BOS, *tokenizer(text)["input_ids"], EOS]
+    (marks,) = found["starts_sentence"]
+    found = ["".join(re.findall(r"[^▁ ]", part)) for part in sentences_of(tokenizer, tokens, marks)]
+    assert found == sentences
 
 
 def set_template(tokenizer, single: str, special_tokens=()):
@@ -446,10 +475,34 @@ def test_special_tokens_where_the_tokenizer_adds_none(tmp_path):
     encoded = bart.encode(batch, tokenizer, "en")["input_ids"]
     assert [ids[-2:] for ids in encoded] == 2 * [[EOS, 10]]
 
+    # A text that holds eos itself says nothing about what the tokenizer adds.
+    set_template(tokenizer, "$A")
+    encoded = bart.encode({"text": ["w1 </s>", "w4"]}, tokenizer, "en")["input_ids"]
+    assert [[ids[0], ids[-1]] for ids in encoded] == 2 * [[BOS, EOS]]
+
     without_bos = word_tokenizer(tmp_path / "without", without=("bos",))
     set_template(without_bos, "$A")
     encoded = bart.encode(batch, without_bos, "en")["input_ids"]
     assert [[ids[0], ids[-1]] for ids in encoded] == 2 * [[EOS, EOS]]
+
+
+def test_a_token_for_unknown_words_that_also_ends_a_text_is_no_text(tmp_path):
+    """As GPT-2's <|endoftext|>, which is bos, eos and unk."""
+    tokenizer = word_tokenizer(tmp_path)
+    assert make_collator(tokenizer, 16).is_text_id[tokenizer.unk_token_id]
+    tokenizer.unk_token = tokenizer.eos_token
+    collator = make_collator(tokenizer, 16)
+    assert not collator.is_text_id[tokenizer.eos_token_id]
+    assert collator.is_text_id[tokenizer.mask_token_id]
+
+
+@pytest.mark.parametrize("kind", ["eos", "unk", "mask"])
+def test_padding_with_a_token_of_text_is_refused(tmp_path, kind):
+    tokenizer = word_tokenizer(tmp_path)
+    bart.check_tokenizer(tokenizer)
+    tokenizer.pad_token = getattr(tokenizer, f"{kind}_token")
+    with pytest.raises(bart.InputError, match=f"its pad token is its {kind} token"):
+        bart.check_tokenizer(tokenizer)
 
 
 def parse(directory, *flags, train_file="none.txt"):

@@ -97,6 +97,17 @@ def test_accumulation_is_that_of_a_slow_sum():
     assert float(sums["sum"][0, 0]) == 64
 
 
+def test_a_product_keeps_the_dtype_that_its_function_asks_for():
+    x = jnp.full((1, 3), 1 / 3, jnp.bfloat16)
+
+    def product(x):
+        return {"sum": jnp.matmul(x, x.T, preferred_element_type=jnp.float32)}
+
+    found = bert.accumulate_in_float32(product)(x)["sum"]
+    assert found.dtype == jnp.float32
+    assert float(found[0, 0]) == pytest.approx(3 * float(x[0, 0]) ** 2, rel=1e-6)
+
+
 def test_flops_are_those_of_the_formula():
     """Each layer has four matrices in attention and two in the feed-forward part.
 
@@ -193,6 +204,17 @@ def test_pytorch_weights_are_read(tiny_bert, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     _, loaded = bert.load_encoder(bert.read_args([f"--model_name_or_path={tmp_path}", *FAST]))
     assert jax.tree.all(jax.tree.map(np.array_equal, params, loaded))
+
+
+def test_big_bird_is_measured_with_full_attention(tmp_path, capsys):
+    """Its default, block_sparse, takes sequences of whole blocks only."""
+    config = make_config("big_bird")
+    FlaxAutoModel.from_config(config).save_pretrained(tmp_path)
+    config.attention_type = "block_sparse"
+    config.save_pretrained(tmp_path)
+    config, _ = bert.load_encoder(bert.read_args([f"--model_name_or_path={tmp_path}", *FAST]))
+    assert config.attention_type == "original_full"
+    assert "full attention" in capsys.readouterr().out
 
 
 # Flags, exit status, and what the message has to name.

@@ -217,6 +217,34 @@ def words_of_row(input_ids, continues_word) -> list[list[int]]:
     return [word for word in words if word]
 
 
+def test_a_vocabulary_with_gaps():
+    """As that of a vocab.txt with duplicate lines: the highest id is above the number of tokens."""
+    vocabulary = {**{token: i for i, token in enumerate(SPECIAL)}, "high": 50}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, mask_token="[MASK]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    assert len(tokenizer) == 6
+    assert mlm.count_token_ids(tokenizer) == 51
+    collator = mlm.FlaxDataCollatorForLanguageModeling(tokenizer, 16, 0.5)
+    _, labels = mask_rows(collator, np.full((4, 16), 50, np.int32), 0, 1)
+    assert (labels == 50).any()
+
+
+@pytest.mark.parametrize("whole_words", [True, False])
+def test_whole_words_need_a_fast_tokenizer(roberta_dir, whole_words):
+    """A tokenizer without a fast class is found out only when it is loaded."""
+    model = [f"--tokenizer_name={roberta_dir}", "--model_type=roberta"]
+    args = mlm.parse_args([*model, "--output_dir=none", "--train_file=none", "--max_seq_length=8"])
+    args.use_fast_tokenizer = False
+    args.whole_word_mask = whole_words
+    if whole_words:
+        with pytest.raises(mlm.InputError, match=r"no fast tokenizer, which --whole_word_mask"):
+            mlm.load_config_and_tokenizer(args)
+    else:
+        mlm.load_config_and_tokenizer(args)
+
+
 def test_whole_words(tokenizer):
     rows = 2600
     length = 512

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gradients import check_recomputed_gradients
 from safetensors.numpy import load_file
 from training_scripts import full_but
-from transformers import CONFIG_MAPPING, FlaxAutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, FlaxAutoModelForSeq2SeqLM, T5Config
 
 import run_t5_mlm_flax as t5
 
@@ -457,6 +457,29 @@ def test_the_length_of_inputs_decides_what_is_recomputed(length, is_recomputed):
     assert collator.max_length >= 512
     loss_fn = t5.make_loss_fn(Namespace(gradient_checkpointing="auto"), None, collator)
     assert (not isinstance(loss_fn, partial)) is is_recomputed
+
+
+def test_a_new_model_begins_with_the_loss_of_a_guess():
+    """With Transformers' initial head of T5 1.1 and mT5, the loss would be about 40."""
+    config = T5Config(
+        vocab_size=VOCAB,
+        d_model=100,
+        d_kv=50,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+    args = Namespace(dtype="float32", model_name_or_path=None, seed=0)
+    model, params = t5.load_model(args, config)
+    _, sums = t5.loss_sums(params, model_batch(), model)
+    loss = float(sums["loss"] / sums["predicted"])
+    assert abs(loss - math.log(VOCAB)) < 1.5
+    params["lm_head"]["kernel"] = params["lm_head"]["kernel"] * config.d_model**0.5
+    _, sums = t5.loss_sums(params, model_batch(), model)
+    assert float(sums["loss"] / sums["predicted"]) > 20
 
 
 def test_logits_are_never_whole():

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -186,6 +187,22 @@ def test_bad_input_is_one_line(tmp_path, capfd, content, flags, words):
     assert captured.err.startswith("t5_tokenizer_model.py: error: ")
     assert all(word in captured.err for word in words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_training(
+    tmp_path, capfd, corpus, monkeypatch
+):
+    def refuse(dir):
+        raise OSError(f"{dir} is read-only")
+
+    def train(*args, **options):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(SentencePieceUnigramTokenizer, "train", train)
+    assert main([f"--train_file={corpus / 'train.txt'}", f"--output_dir={tmp_path}"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "is read-only" in line
 
 
 def test_vocabulary_smaller_than_asked_for_is_reported(tmp_path, capsys, corpus):

@@ -137,3 +137,17 @@ def test_no_memory_left(script, tmp_path):
     assert places == sorted(places)
     # It is in use already.
     assert "--adafactor" not in line
+
+
+@template_alone
+def test_no_memory_left_in_an_evaluation_alone(script, tmp_path):
+    """Only what lowers the memory of an evaluation is advised."""
+    place = Place(script, tmp_path)
+    run = place.run("out", max_steps=1)
+    assert run.returncode == 0
+    run = place.run("out", change=fill_memory, do_eval=True)
+    assert run.returncode == 1
+    (line,) = run.lines
+    assert "4 sequences at a time" in line
+    assert "--per_device_eval_batch_size=2, --dtype=bfloat16" in line
+    assert [flag for flag in ("train_batch", "checkpointing", "adafactor") if flag in line] == []

@@ -684,7 +684,7 @@ def part_to_recompute(args, length: int) -> str:
 
 
 def make_loss_fn(args, model, collator):
-    """`loss_sums` as a function of (params, batch, dropout_rng)."""
+    """`loss_sums` with the model given, which recomputes what --gradient_checkpointing says."""
     loss_fn = partial(loss_sums, model=model, num_slots=collator.num_slots)
     part = part_to_recompute(args, collator.max_length)
     return loss_fn if part == "none" else recompute(loss_fn, part)
@@ -737,9 +737,9 @@ def load_texts(args):
 def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
     """Load the splits of --dataset_name, --train_file and --validation_file.
 
-    The splits train and validation are results of `select_text`. `text_options`, for .txt files,
-    and `load_options`, for all data, go to `datasets.load_dataset`. The causal and the streaming
-    script have some. Raises InputError.
+    Returns them by name. `train` and `validation` have one column of text. `text_options` go to
+    `datasets.load_dataset` for .txt files only, `load_options` for all data. run_clm_flax.py has
+    the former, run_mlm_flax_stream.py the latter. Raises InputError.
     """
     load_options |= {"cache_dir": args.cache_dir, "token": args.token}
     if int(datasets.__version__.split(".")[0]) < 4:
@@ -768,7 +768,8 @@ def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
     has_data = splits.get("train") or (splits.get("validation") and not args.do_train)
     if not has_data:
         source = ", ".join(dict.fromkeys(sources.values()))
-        raise InputError(f"{source}: no training data, only {list(splits)}")
+        found = ", ".join(splits) or "none"
+        raise InputError(f"{source}: it has no training data; its splits: {found}")
     return splits
 
 
@@ -969,16 +970,16 @@ class Tokens:
         Returns them, [rows, length], with zeros beyond the last value.
         """
         rows = np.zeros((len(starts), length), self.chunks[0].dtype)
-        numbers = np.searchsorted(self.ends, starts, side="right")
-        firsts = starts - self.starts[numbers]
-        for row, number, first in zip(rows, numbers.tolist(), firsts.tolist(), strict=True):
-            part = self.chunks[number][first : first + length]
+        indices = np.searchsorted(self.ends, starts, side="right")
+        offsets = starts - self.starts[indices]
+        for row, index, offset in zip(rows, indices.tolist(), offsets.tolist(), strict=True):
+            part = self.chunks[index][offset : offset + length]
             row[: len(part)] = part
             # A row may lie across several chunks.
-            while len(part) < len(row) and number + 1 < len(self.chunks):
+            while len(part) < len(row) and index + 1 < len(self.chunks):
                 row = row[len(part) :]
-                number += 1
-                part = self.chunks[number][: len(row)]
+                index += 1
+                part = self.chunks[index][: len(row)]
                 row[: len(part)] = part
         return rows
 
@@ -1037,7 +1038,7 @@ class Sequences:
     def bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the first token of sequences and after the last one, both [rows] int64.
 
-        -1 stands for the last sequence.
+        Those of -1, which fill a batch, are of the last sequence; its labels are ignored there.
         """
         rows = rows % self.count
         if self.lines:
@@ -1636,7 +1637,7 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
             counts what `attention_mask` marks. Beside them `grad_norm`, also summed, which is there
             to notice gradients that are not finite, and `learning_rate` of the last step.
         batch: Arrays [accumulation steps, batch, length] int32.
-        loss_fn: `loss_sums` as a function of (params, batch, dropout_rng).
+        loss_fn: `loss_sums` with the other arguments given.
         schedule: Function from the step to the learning rate.
         seed: Seed of dropout.
 
@@ -1705,9 +1706,10 @@ def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int
     nothing to predict.
     """
     # At most one device's share of the set, so that a small set is not mostly padding.
-    batch_size = min(args.per_device_eval_batch_size, math.ceil(len(eval_set) / jax.device_count()))
-    batches = eval_batches(eval_set, collator, args.seed, batch_size)
-    num_batches = math.ceil(len(eval_set) / (jax.device_count() * batch_size))
+    share = math.ceil(len(eval_set) / jax.device_count())
+    per_device = min(args.per_device_eval_batch_size, share)
+    batches = eval_batches(eval_set, collator, args.seed, per_device)
+    num_batches = math.ceil(len(eval_set) / (jax.device_count() * per_device))
     totals = {}
     pending = None
     with log.bar("Evaluating", num_batches, unit="batch", leave=False) as bar:
@@ -1787,7 +1789,7 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
                 # The checkpoint stores the result.
                 is_last = evaluations.run(state.params, step) or is_last
             if saver:
-                saver.save(state, step, is_last, **evaluations.to_store())
+                saver.save(state, step, is_last, results=log.results, **evaluations.to_store())
         if is_last:
             break
         if is_evaluation and not is_candidate:
@@ -1798,7 +1800,7 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
     if saver and step == steps.start:
         # No step was left. The checkpoint exists, so this exports the model only: the earlier run
         # may have been killed before.
-        saver.save(state, step, is_last=True, **evaluations.to_store())
+        saver.save(state, step, is_last=True, results=log.results, **evaluations.to_store())
     return state, step
 
 
@@ -2481,7 +2483,7 @@ def best_before(args, checkpoint_settings: dict) -> dict:
     return best
 
 
-def load_best(state, step: int, evaluations: Evaluations, saver, stop):
+def export_best(state, step: int, evaluations: Evaluations, saver, stop):
     """Export the weights of the best checkpoint, if it is kept and no signal has stopped the run.
 
     `saver` is None in a process that does not write. Returns the state with these weights, and
@@ -2555,8 +2557,9 @@ class Saver:
     def save(self, state, step: int, is_last: bool, **progress) -> None:
         """Save `state` with the settings and with `progress`.
 
-        `progress` is `best` of Evaluations, if it is kept, and in the streaming script the position
-        in the data. With `is_last`, the model is exported even if an upload has to end first.
+        `progress` are the values of the last log line, `best` of Evaluations, if it is kept, and in
+        the streaming script the position in the data. With `is_last`, the model is exported even if
+        an upload has to end first.
 
         Returns when the state is copied from the device and the previous save is written.
         """
@@ -3050,6 +3053,7 @@ def main(argv: list[str] | None = None) -> None:
             settings = required_settings | logged_settings
             saver = Saver(args, model, tokenizer, settings, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch)
+        log.results = checkpoint_settings.get("results", {})
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
         eval_steps = args.eval_steps or steps_per_epoch
         evaluations = Evaluations(args, eval_steps, num_steps, evaluate_now, best)
@@ -3079,7 +3083,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 if saver:
                     saver.wait()
-                state, step = load_best(state, step, evaluations, saver, stop)
+                state, step = export_best(state, step, evaluations, saver, stop)
             if saver and log.results:
                 write_results(args.output_dir, log.results, "train")
 

@@ -659,7 +659,7 @@ def part_to_recompute(args, length: int) -> str:
 
 
 def make_loss_fn(args, model, collator):
-    """`loss_sums` as a function of (params, batch, dropout_rng)."""
+    """`loss_sums` with the model given, which recomputes what --gradient_checkpointing says."""
     loss_fn = partial(loss_sums, model=model, num_slots=collator.num_slots)
     part = part_to_recompute(args, collator.max_length)
     return loss_fn if part == "none" else recompute(loss_fn, part)
@@ -723,9 +723,9 @@ def load_texts(args):
 def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
     """Load the splits of --dataset_name, --train_file and --validation_file.
 
-    The splits train and validation are results of `select_text`. `text_options`, for .txt files,
-    and `load_options`, for all data, go to `datasets.load_dataset`. The causal and the streaming
-    script have some. Raises InputError.
+    Returns them by name. `train` and `validation` have one column of text. `text_options` go to
+    `datasets.load_dataset` for .txt files only, `load_options` for all data. run_clm_flax.py has
+    the former, run_mlm_flax_stream.py the latter. Raises InputError.
     """
     load_options |= {"cache_dir": args.cache_dir, "token": args.token}
     if int(datasets.__version__.split(".")[0]) < 4:
@@ -754,7 +754,8 @@ def load_splits(args, text_options: dict | None = None, **load_options) -> dict:
     has_data = splits.get("train") or (splits.get("validation") and not args.do_train)
     if not has_data:
         source = ", ".join(dict.fromkeys(sources.values()))
-        raise InputError(f"{source}: no training data, only {list(splits)}")
+        found = ", ".join(splits) or "none"
+        raise InputError(f"{source}: it has no training data; its splits: {found}")
     return splits
 
 
@@ -1098,11 +1099,11 @@ class StreamProgress:
         """Move to the position after `step`."""
         self.position = self.position_after.pop(step)
 
-    def save(self, saver, state, step: int, is_last: bool, evaluations) -> None:
+    def save(self, saver, state, step: int, is_last: bool, log, evaluations) -> None:
         """Save with the positions of all processes, which must all call this."""
-        positions = share_json(self.position)
+        progress = {"stream": share_json(self.position), "results": log.results}
         if saver:
-            saver.save(state, step, is_last, stream=positions, **evaluations.to_store())
+            saver.save(state, step, is_last, **progress, **evaluations.to_store())
 
     def raise_error(self, step: int) -> None:
         """Raise InputError if the stream has ended by an error, after `step` is saved."""
@@ -1116,6 +1117,30 @@ class StreamProgress:
         """Raise the error if there are several processes: all end at once, and none saves."""
         if self.error and jax.process_count() > 1:
             raise self.error
+
+
+def stream_settings(args, max_length: int, held_out) -> dict:
+    """More settings in which a run must agree: those that a position in the stream depends on."""
+    sources = [args.dataset_name, args.dataset_config_name, *(args.train_file or [])]
+    return {
+        # A folder may have moved.
+        "training data": [Path(source).name for source in sources if source],
+        "number of processes": jax.process_count(),
+        "max_seq_length": max_length,
+        "held-out texts": held_out.num_texts,
+        "seed": args.seed,
+        "shuffle_buffer_size": args.shuffle_buffer_size,
+        "max_train_samples": args.max_train_samples,
+    }
+
+
+def share_json(value) -> list:
+    """Return the values of all processes. They may be anything that JSON can hold."""
+    text = json.dumps(value)
+    size = int(multihost_utils.process_allgather(len(text)).max())
+    padded = np.frombuffer(text.ljust(size).encode(), np.uint8)
+    texts = multihost_utils.process_allgather(padded).reshape(-1, size)
+    return [json.loads(bytes(text)) for text in texts]
 
 
 def stored_positions(checkpoint_settings: dict, checkpoints: Path) -> list[dict]:
@@ -1572,7 +1597,7 @@ def train_step(state, totals, batch, loss_fn, schedule, seed: int):
             counts what `attention_mask` marks. Beside them `grad_norm`, also summed, which is there
             to notice gradients that are not finite, and `learning_rate` of the last step.
         batch: Arrays [accumulation steps, batch, length] int32.
-        loss_fn: `loss_sums` as a function of (params, batch, dropout_rng).
+        loss_fn: `loss_sums` with the other arguments given.
         schedule: Function from the step to the learning rate.
         seed: Seed of dropout.
 
@@ -1641,9 +1666,10 @@ def evaluate(args, p_eval_step, eval_set, collator, log, stop, params, step: int
     nothing to predict.
     """
     # At most one device's share of the set, so that a small set is not mostly padding.
-    batch_size = min(args.per_device_eval_batch_size, math.ceil(len(eval_set) / jax.device_count()))
-    batches = eval_batches(eval_set, collator, args.seed, batch_size)
-    num_batches = math.ceil(len(eval_set) / (jax.device_count() * batch_size))
+    share = math.ceil(len(eval_set) / jax.device_count())
+    per_device = min(args.per_device_eval_batch_size, share)
+    batches = eval_batches(eval_set, collator, args.seed, per_device)
+    num_batches = math.ceil(len(eval_set) / (jax.device_count() * per_device))
     totals = {}
     pending = None
     with log.bar("Evaluating", num_batches, unit="batch", leave=False) as bar:
@@ -1720,7 +1746,7 @@ def train(
             if is_candidate:
                 # The checkpoint stores the result.
                 is_last = evaluations.run(state.params, step) or is_last
-            progress.save(saver, state, step, is_last, evaluations)
+            progress.save(saver, state, step, is_last, log, evaluations)
         if is_last:
             break
         if is_evaluation and not is_candidate:
@@ -1734,7 +1760,7 @@ def train(
         if totals is not zeros:
             log.due = (step, totals)
         log.flush()
-        progress.save(saver, state, step, is_last=True, evaluations=evaluations)
+        progress.save(saver, state, step, True, log, evaluations)
     return state, step
 
 
@@ -2270,21 +2296,6 @@ def settings_to_match(args, config, batch_size: int) -> dict:
     return settings
 
 
-def stream_settings(args, max_length: int, held_out) -> dict:
-    """More settings in which a run must agree: those that a position in the stream depends on."""
-    sources = [args.dataset_name, args.dataset_config_name, *(args.train_file or [])]
-    return {
-        # A folder may have moved.
-        "training data": [Path(source).name for source in sources if source],
-        "number of processes": jax.process_count(),
-        "max_seq_length": max_length,
-        "held-out texts": held_out.num_texts,
-        "seed": args.seed,
-        "shuffle_buffer_size": args.shuffle_buffer_size,
-        "max_train_samples": args.max_train_samples,
-    }
-
-
 def settings_to_log(args, train_set) -> dict:
     """The settings in which a resumed run may differ. It logs those that do."""
     names = [argument.name for argument in fields(DataTrainingArguments)]
@@ -2358,15 +2369,6 @@ def restore(checkpoints: list[Path], state, settings: dict, num_steps: int):
     raise InputError(
         f"{checkpoints[0].parent}: no readable checkpoint; choose another --output_dir"
     )
-
-
-def share_json(value) -> list:
-    """Return the values of all processes. They may be anything that JSON can hold."""
-    text = json.dumps(value)
-    size = int(multihost_utils.process_allgather(len(text)).max())
-    padded = np.frombuffer(text.ljust(size).encode(), np.uint8)
-    texts = multihost_utils.process_allgather(padded).reshape(-1, size)
-    return [json.loads(bytes(text)) for text in texts]
 
 
 class Evaluations:
@@ -2444,7 +2446,7 @@ def best_before(args, checkpoint_settings: dict) -> dict:
     return best
 
 
-def load_best(state, step: int, evaluations: Evaluations, saver, stop):
+def export_best(state, step: int, evaluations: Evaluations, saver, stop):
     """Export the weights of the best checkpoint, if it is kept and no signal has stopped the run.
 
     `saver` is None in a process that does not write. Returns the state with these weights, and
@@ -2518,8 +2520,9 @@ class Saver:
     def save(self, state, step: int, is_last: bool, **progress) -> None:
         """Save `state` with the settings and with `progress`.
 
-        `progress` is `best` of Evaluations, if it is kept, and in the streaming script the position
-        in the data. With `is_last`, the model is exported even if an upload has to end first.
+        `progress` are the values of the last log line, `best` of Evaluations, if it is kept, and in
+        the streaming script the position in the data. With `is_last`, the model is exported even if
+        an upload has to end first.
 
         Returns when the state is copied from the device and the previous save is written.
         """
@@ -3018,6 +3021,7 @@ def main(argv: list[str] | None = None) -> None:
             settings = required_settings | logged_settings
             saver = Saver(args, model, tokenizer, settings, steps.start, upload, lock)
         log = TrainingLog(args, steps, steps_per_epoch=None)
+        log.results = checkpoint_settings.get("results", {})
         evaluate_now = partial(evaluate, args, p_eval_step, eval_set, collator, log, stop)
         evaluations = Evaluations(args, args.eval_steps, num_steps, evaluate_now, best)
 
@@ -3050,7 +3054,7 @@ def main(argv: list[str] | None = None) -> None:
                 if saver:
                     saver.wait()
                 progress.raise_error(step)
-                state, step = load_best(state, step, evaluations, saver, stop)
+                state, step = export_best(state, step, evaluations, saver, stop)
             if saver and log.results:
                 write_results(args.output_dir, log.results, "train")
 

@@ -270,6 +270,17 @@ def operations(figures: dict) -> str:
     return table(("step", "products", "copies", "others"), rows)
 
 
+def products(figures: dict) -> str:
+    """GFLOP/s of XLA / PyTorch, a layer in each row."""
+    cells = {}
+    for name, found in figures.items():
+        layer, product = name.rsplit(", ", 1)
+        rates = [f"{statistics.median(found[library]):.0f}" for library in ("XLA", "PyTorch")]
+        cells.setdefault(layer, {})[product] = f"{' / '.join(rates)} ({found['ratio']:.2f})"
+    names = list(next(iter(cells.values())))
+    return table(("layer", *names), [(layer, *row.values()) for layer, row in cells.items()])
+
+
 def large_text(figures: dict) -> str:
     rows = []
     for name, found in figures.items():
@@ -294,6 +305,7 @@ TABLES = {
     "pytorch": pytorch,
     "learning": learning,
     "operations": operations,
+    "products": products,
     "large_text": large_text,
 }
 

@@ -58,7 +58,7 @@ MORE_BY_SCRIPT = {
     },
     # Nothing in a batch is random.
     "run_clm_flax.py": {"train_batches": 8, "eval_batches": 8},
-    "run_t5_mlm_flax.py": {"main": 3, "make_loss_fn": 4, "output_head": 17, "load_model": 4},
+    "run_t5_mlm_flax.py": {"main": 8, "make_loss_fn": 4, "output_head": 17, "load_model": 4},
     # It measures inference and trains nothing.
     "run_bert_flax.py": {"main": ANY},
 }

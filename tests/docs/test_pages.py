@@ -115,6 +115,18 @@ def test_readme_is_short():
     assert len(PROSE["README.md"].split()) <= 2500
 
 
+def test_readme_has_the_measured_ratios_to_pytorch():
+    """Those of the rows in float32 on a CPU, and of all on a GPU."""
+    expected = []
+    for name, dtypes in (("pytorch_cpu", ["float32"]), ("pytorch_gpu", ["bfloat16"])):
+        for row in re.findall(r"^\| .* \|$", generate.measured(name), re.MULTILINE)[2:]:
+            model, ratio, *_ = row.strip("| ").split(" | ")
+            if model.rpartition(", ")[2] in dtypes:
+                expected.append(ratio)
+    (section,) = re.findall(r"(?s)\*\*With PyTorch\.\*\*.*?\n\n(\|.*?)\n\n", TEXTS["README.md"])
+    assert re.findall(r"\| (\d\.\d\d) \|$", section, re.MULTILINE) == expected
+
+
 def test_readme_links_to_every_page():
     for page in HANDBOOK[1:]:
         assert f"]({page})" in TEXTS["README.md"], page

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from outputs import bits, check_whole, differing, logged_steps, outcome, state_of
+from outputs import bits, check_whole, differing, logged_steps, losses, outcome, state_of
 from training_scripts import (
     SCRIPTS,
     STREAM,
@@ -310,6 +310,9 @@ def test_killed_after_the_last_checkpoint(place, expected, copied, result):
     assert (run.returncode, run.lines) == (0, [])
     check_whole(copied)
     assert differing(outcome(copied), expected) == []
+    # The last log line is that of the killed run.
+    train_results = json.loads((copied / "train_results.json").read_text())
+    assert train_results["train_loss"] == pytest.approx(losses(copied)[STEPS], rel=1e-6)
 
 
 @template_alone

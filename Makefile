@@ -19,7 +19,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
 # A file's tests share runs, so they stay in one process. tests/conftest.py sorts the files.
 PYTEST = -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-# Of the slow sweeps, the tests marked full, a part: SLICE=2/5 is the second of five.
+# Of the slow sweeps, the tests marked full, a part: SLICE=2/10 is the second of ten.
 SLICE ?=
 
 .PHONY: help env quickstart smoke test test-full test-oldest test-accelerators accelerators pytorch lint \
@@ -29,8 +29,8 @@ SLICE ?=
 help:
 	@echo "make quickstart   train a small model on Python's documentation (3 minutes)"
 	@echo "make smoke        run each script once, in a minute"
-	@echo "make test         run the tests, but for slow sweeps; with SLICE=2/5 also a fifth of those"
-	@echo "make test-full    run the slow sweeps; with SLICE=2/5 a fifth of them"
+	@echo "make test         run the tests, but for slow sweeps; with SLICE=2/10 also a tenth of those"
+	@echo "make test-full    run the slow sweeps; with SLICE=2/10 a tenth of them"
 	@echo "make test-oldest  run the tests marked smoke with the oldest supported packages"
 	@echo "make test-accelerators  compile the steps of all scripts for a TPU"
 	@echo "make accelerators make the environment of benchmarks/accelerators.py"

@@ -1,4 +1,4 @@
-# make quickstart | smoke | test | test-full | test-oldest | lint | docs | fix-copies | clean
+# make help lists the targets.
 # From a fresh clone: Python 3.10 or newer and make suffice.
 
 PYTHON ?= python3
@@ -61,7 +61,7 @@ $(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
 
 # The lower bound of each package that the scripts import.
 $(INSTALLED_OLDEST): requirements.txt requirements-dev.txt
-	@echo "Making an environment of the oldest versions in $(OLDEST) ..."
+	@echo "Making an environment of the oldest versions in $(OLDEST), with $(PYTHON_OLDEST) ..."
 	@$(PYTHON_OLDEST) -m venv $(OLDEST)
 	@sed -n 's/^\([a-z_-]*\)>=\([0-9.]*\),.*/\1==\2/p' requirements.txt > $(OLDEST)/oldest.txt
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip
@@ -112,9 +112,12 @@ accelerators: $(INSTALLED_ACCELERATORS)
 pytorch: $(INSTALLED_PYTORCH) $(INSTALLED_DEV)
 	@$(VENV)/bin/python benchmarks/pytorch.py --help
 
+# The checks of ruff, and two of our own.
 lint: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python tests/style.py
+	$(VENV)/bin/python tests/copies.py
 
 format: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m ruff check --fix .

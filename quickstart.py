@@ -2,7 +2,7 @@
 """From nothing to a trained masked language model in a few minutes, without a download.
 
     make quickstart
-    python quickstart.py [--directory quickstart] [--corpus_only]
+    python quickstart.py [--directory quickstart] [--max_steps 2500] [--corpus_only]
 
 A language model needs a corpus (here the documentation that is part of every Python), a tokenizer,
 a configuration, and one command, `python run_mlm_flax.py`, which this script prints and runs. It
@@ -245,8 +245,13 @@ def training_command(
 def print_command(command: list[str]) -> None:
     """Print a command of Python as a person would type it, on several lines."""
     _, script, *flags = command
-    words = ["python", shlex.quote(shown(Path(script))), *map(shlex.quote, flags)]
-    lines = textwrap.wrap(" ".join(words), 74, break_long_words=False, break_on_hyphens=False)
+    lines = [f"python {shlex.quote(shown(Path(script)))}"]
+    for word in map(shlex.quote, flags):
+        # A quoted word is not broken.
+        if len(lines[-1]) + len(word) < 74:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
     print(" \\\n    ".join(lines), flush=True)
 
 

@@ -11,10 +11,12 @@ as a child process and returns what the child noted. Times are in seconds:
     loop                                         median time of a step of the run
     bare                                         median time of a step of the same compiled program
                                                  on a batch that is already on the devices
-    ratio                                        median ratio of the former to the latter
-    process                                      the whole run, with what is measured after it
-    run                                          the whole run
-    steps_per_second                             of the run, after the first ten
+    ratio                                        median of `loop` / `bare` over the segments
+    run                                          from the command until `main` of the script returns
+    process                                      from the command until the process ends, with what
+                                                 is measured after the run
+    steps_per_second                             of the run, after the first ten steps; without
+                                                 segments, whose bare steps it would include
 
 For `loop`, `bare` and `ratio`, segments of `segment` steps of the run alternate with segments of as
 many bare steps, so that other work on the machine slows both down alike. `tokens` and `flops` count

@@ -367,6 +367,8 @@ def main():
     parser.add_argument("--draw", type=Path, help="draw the curves of such a file and end")
     parser.add_argument("--output", type=Path, help="SVG file that --draw writes")
     args = parser.parse_args()
+    if args.steps % args.evaluations:
+        parser.error("--steps must be a multiple of --evaluations")
     if args.draw:
         draw(json.loads(args.draw.read_text())["figures"], args.output)
         return

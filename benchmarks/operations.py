@@ -6,7 +6,8 @@
         [--steps 10] [--top 0] [--json FILE]
 
 The scripts run as a whole, on Python's documentation, and write a trace of some steps
-(--profile_steps). Times are those of all threads, added up, so they can exceed the time of a step.
+(--profile_steps). Times are added up. An operation that uses several threads may count once, and
+operations that overlap count each.
 The name of an operation decides how it counts. Columns:
 
     ms          of all operations of a step
@@ -20,6 +21,7 @@ The name of an operation decides how it counts. Columns:
 import argparse
 import gzip
 import json
+import os
 import re
 import tempfile
 from collections import Counter
@@ -85,6 +87,7 @@ def measure(args, directory: Path, objective: str) -> tuple[dict, Counter]:
 
 
 def main():
+    os.environ["JAX_PLATFORMS"] = "cpu"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -7,7 +7,8 @@
 
 A step of a base model spends most of its time in these products, so their rates bound the steps a
 second. Each linear layer has three products: its outputs, the gradients of its inputs and those of
-its weights. Processes of the two libraries alternate. Columns, medians of the runs:
+its weights. Weights are stored as nn.Dense and nn.Linear do; GPT-2's layers and a tied head store
+them transposed. Processes of the two libraries alternate. Columns, medians of the runs:
 
     XLA        GFLOP/s, float32
     PyTorch    the same in PyTorch
@@ -16,6 +17,7 @@ its weights. Processes of the two libraries alternate. Columns, medians of the r
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -108,7 +110,10 @@ def main():
     for _ in range(args.runs):
         for library, python in pythons.items():
             command = [python, __file__, f"--child={library}", *flags]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+            run = subprocess.run(
+                command, stdout=subprocess.PIPE, env=environment, text=True, check=True
+            )
             runs[library].append(json.loads(run.stdout))
     figures = {}
     print(f"{'product':40}{'XLA':>8}{'PyTorch':>9}{'ratio':>7}")

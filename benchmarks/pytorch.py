@@ -10,12 +10,14 @@
 PyTorch's side is the Trainer of Transformers 5 with its models (scaled_dot_product_attention) and
 DataCollatorForLanguageModeling. It runs in an environment of its own. Transformers has no collators
 for the span-masked and the denoising objective, so those of row_collators.py are used. Both sides
-begin with the same weights and alternate. Each evaluates the same text at the end. Columns, medians
-of the pairs:
+begin with the same weights. Of a pair of runs, either may be first. From the second pair on, the
+script finds its compiled programs and its tokens in caches. Each side evaluates the same text at
+the end. Columns, medians of the pairs:
 
     steps/s       steps a second after the first ten, for the script and for PyTorch, and the ratio
     first step    seconds from the command to the end of the first step
-    run           seconds of the whole process
+    run           seconds from the command to the end: of the process for PyTorch, and of `main` for
+                  the script
     memory        peak in GB: of the device, or, on a CPU, of the process
     eval loss     of the same 48 sequences, which each side masks in its own way
 """
@@ -23,6 +25,7 @@ of the pairs:
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -37,6 +40,8 @@ WARM_UP = 10  # steps
 # The evaluation set, in sequences, and a batch of it. No batch is left incomplete.
 NUM_EVAL = 48
 EVAL_ROWS = 8
+# One of so many lines of the text is for evaluation.
+EVAL_SHARE = 10
 FLAGS = {
     "learning_rate": 1e-4,
     "weight_decay": 0.01,
@@ -225,17 +230,20 @@ class Comparison:
         self.objective = objective
         self.dtype = dtype
         self.model_type = harness.OBJECTIVES[objective].model_type
-        self.text = harness.write_corpus(directory, args.megabytes)
+        all_text = harness.write_corpus(directory, args.megabytes)
+        lines = all_text.read_text("utf-8").splitlines(keepends=True)
         self.eval_text = directory / "eval.txt"
-        lines = self.text.read_text("utf-8").splitlines(keepends=True)
-        self.eval_text.write_text("".join(lines[:: max(1, len(lines) // 4000)]), "utf-8")
+        self.eval_text.write_text("".join(lines[::EVAL_SHARE]), "utf-8")
+        self.text = directory / "train.txt"
+        kept = [line for number, line in enumerate(lines) if number % EVAL_SHARE]
+        self.text.write_text("".join(kept), "utf-8")
         self.folder = harness.write_model(
-            directory, self.text, self.model_type, size, args.length, args.vocab_size
+            directory, all_text, self.model_type, size, args.length, args.vocab_size
         )
         if not (self.folder / "model.safetensors").exists():
-            self.start_pytorch(initialize=True)
+            self.run_pytorch_side(initialize=True)
 
-    def start_pytorch(self, initialize: bool = False) -> dict:
+    def run_pytorch_side(self, initialize: bool = False) -> dict:
         """Run PyTorch's side and return what it notes."""
         notes = self.directory / "pytorch.json"
         settings = {
@@ -279,7 +287,7 @@ class Comparison:
         num_noise, num_spans = script.noise_counts(block_length, 0.15, 3.0)
         return {"length": block_length, "num_noise": num_noise, "num_spans": num_spans}
 
-    def start_script(self) -> dict:
+    def run_script(self) -> dict:
         """Run the script of this project and return what it notes."""
         import harness
 
@@ -316,12 +324,16 @@ class Comparison:
         }
 
     def measure(self) -> dict:
-        """Alternate the two sides. Returns the notes of all runs by side."""
+        """Run pairs, the two sides in random order. Returns the notes of all runs by side."""
+        sides = {"script": self.run_script, "pytorch": self.run_pytorch_side}
         runs = {"script": [], "pytorch": []}
         for pair in range(self.args.pairs):
             print(f"pair {pair + 1} of {self.args.pairs}", file=sys.stderr)
-            runs["script"].append(self.start_script())
-            runs["pytorch"].append(self.start_pytorch())
+            for side in random.sample(list(sides), 2):
+                runs[side].append(sides[side]())
+        devices = {side: notes[0]["device"] for side, notes in runs.items()}
+        if (devices["script"] == "cpu") != (devices["pytorch"] == "cpu"):
+            sys.exit(f"the two sides ran on different devices: {devices}")
         return runs
 
 

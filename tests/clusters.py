@@ -1,6 +1,8 @@
 """Runs on two processes, as on two hosts."""
 
+import random
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from training_scripts import Place
@@ -13,15 +15,22 @@ EIGHT_DEVICES = {
 }
 
 
+def free_port() -> int:
+    """Find a free port below those that the kernel gives to connections."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 def start_cluster(place: Place, output_dir: str, first=(), **flags):
     """Start two processes with four devices each and return their runs.
 
     The second process has an output directory of its own, which it must not create. `first` are
     options of the first process alone.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     options = {"distributed": True, "devices": 4, **flags}
     first_env = {**cluster, "JAX_PROCESS_ID": "0"}
@@ -34,8 +43,7 @@ def start_cluster(place: Place, output_dir: str, first=(), **flags):
 
 def finish_cluster(place: Place, output_dir: str, **flags) -> Path:
     """Run two processes to the end, and return the output directory of the first."""
-    for run in start_cluster(place, output_dir, **flags):
-        run.wait()
-        assert (run.returncode, run.lines) == (0, [])
+    runs = [run.wait() for run in start_cluster(place, output_dir, **flags)]
+    assert [(run.returncode, run.lines) for run in runs] == [(0, []), (0, [])]
     assert not (place.directory / f"{output_dir}-of-the-second").exists()
     return place.directory / output_dir

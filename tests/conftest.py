@@ -64,7 +64,7 @@ os.environ.update(
     XLA_FLAGS="--xla_force_host_platform_device_count=8",
     JAX_COMPILATION_CACHE_DIR=str(CACHE / "jax"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    # Compiling then takes half the time. Tests of what optimization may change turn it on again.
+    # Compiling then takes less time. Tests of what optimization may change turn it on again.
     JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     HF_HOME=str(CACHE / "huggingface"),
     HF_DATASETS_CACHE=str(CACHE / "huggingface" / "datasets"),

@@ -52,7 +52,9 @@ def losses(output_dir: Path) -> dict[int, float]:
     from tensorboard.util.tensor_util import make_ndarray
 
     values = {}
-    for path in output_dir.glob("events.out.tfevents.*"):
+    # A later file has the last value of a step that was taken twice.
+    paths = output_dir.glob("events.out.tfevents.*")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         events = EventAccumulator(str(path), size_guidance={"tensors": 0}).Reload()
         if "train_loss" in events.Tags()["tensors"]:
             for event in events.Tensors("train_loss"):

@@ -466,6 +466,7 @@ class ForkServer:
     """A process that has imported a script and forks a child for each run."""
 
     def __init__(self, script: Script, directory: Path):
+        self.path = script.path
         self.directory = directory
         self.count = 0
         self.lock = threading.Lock()
@@ -480,9 +481,18 @@ class ForkServer:
     def ask(self, **request):
         """Send a request to the server and return its answer."""
         with self.lock:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline())
+            answer = ""
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
+                answer = self.process.stdout.readline()
+            if not answer:
+                status = self.process.wait()
+                raise AssertionError(
+                    f"the process that imports {self.path} ended with status {status}; the first "
+                    "test that used it has its error on stderr"
+                )
+            return json.loads(answer)
 
     def start(
         self,
@@ -511,8 +521,7 @@ class ForkServer:
             kill_with: the signal for `kill_at`.
             compiles: file to which the child writes the names of the functions that it compiles.
             file_limit: size in bytes of the largest file that the child may write.
-            optimized: whether XLA optimizes as it does for users. Compiling then takes twice as
-                long.
+            optimized: whether XLA optimizes as it does for users. Compiling then takes longer.
             change: function that takes the script's module and is called before the script runs, to
                 slow something down or to watch it. Only its source is sent, so it must be at the
                 top level of a file and import what it uses.

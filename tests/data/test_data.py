@@ -5,6 +5,7 @@ import json
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
@@ -682,15 +683,24 @@ def test_prefetch_keeps_the_order():
     assert list(mlm.prefetch(numbered_batches(0))) == []
 
 
-def test_prefetch_reads_ahead_but_not_far():
+def test_prefetch_reads_ahead_but_not_far(monkeypatch):
     log = []
+    orders = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args):
+            orders.append(args)
+            return super().submit(*args)
+
+    monkeypatch.setattr(mlm, "ThreadPoolExecutor", Pool)
     batches = mlm.prefetch(numbered_batches(100, log))
     next(batches)
+    # Two are ordered at first, and one for each that is taken.
+    assert len(orders) == 3
     deadline = time.monotonic() + 300
     while len(log) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.1)
-    assert 2 <= len(log) <= 4
+    assert len(log) == 3
     batches.close()
 
 
@@ -723,28 +733,29 @@ def test_prefetch_stops_its_thread_when_abandoned(how):
     assert len(log) < 10
 
 
-def test_prefetch_that_is_closed_makes_no_more():
+def test_prefetch_that_is_closed_makes_no_more(monkeypatch):
     """A stream of a large window has hundreds of batches on order when a signal stops the run."""
     made = []
     second_begins = threading.Event()
-    second_may_end = threading.Event()
+    orders_are_withdrawn = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            orders_are_withdrawn.set()
+            super().shutdown(wait=wait)
 
     def numbers():
         for number in range(1000):
             if number == 1:
                 second_begins.set()
-                assert second_may_end.wait(300)
+                assert orders_are_withdrawn.wait(300)
             yield number
             made.append(number)
 
+    monkeypatch.setattr(mlm, "ThreadPoolExecutor", Pool)
     items = mlm.prefetch(numbers(), size=500)
     assert next(items) == 0
     assert second_begins.wait(300)
-    closing = threading.Thread(target=items.close)
-    closing.start()
-    # The order is withdrawn at once, and then `close` waits for the second item.
-    time.sleep(0.2)
-    second_may_end.set()
-    closing.join(300)
-    assert not closing.is_alive()
+    items.close()
     assert len(made) <= 2

@@ -40,11 +40,12 @@ def test_same_order():
         assert shared == [name for name in template if name in order]
 
 
-def test_table_has_no_name_that_is_the_same_in_all_scripts():
-    scripts = [copies.read_definitions(path) for path in copies.find_scripts()]
-    for name in copies.DIFFER_BY_OBJECTIVE:
-        sources = {"".join(definitions[name]) for definitions in scripts if name in definitions}
-        assert len(sources) > 1, name
+def test_tables_name_definitions_that_exist():
+    template = definitions_of(copies.ROOT / copies.TEMPLATE)
+    for script, names in copies.DIFFERENCES.items():
+        assert names.keys() <= definitions_of(copies.ROOT / script).keys(), script
+    for script, names in copies.ABSENT.items():
+        assert names <= template.keys(), script
 
 
 def change(path, name: str, edit) -> str:
@@ -128,6 +129,48 @@ def test_difference_by_objective_is_not_fixed_but_limited(root):
     assert copies.fix(root) == []
     assert path.read_text("utf-8") != before
     assert [name for _, name, _ in copies.find_differences(root)] == ["tokenize"]
+
+
+def donate_totals(lines: list[str]) -> list[str]:
+    return [line.replace("donate_argnums=0", "donate_argnums=(0, 1)") for line in lines]
+
+
+def test_a_change_of_the_template_that_is_not_copied_is_found(root):
+    """`make_steps` differs by objective, so it is not copied, but not in the streaming script."""
+    change(root / copies.TEMPLATE, "make_steps", donate_totals)
+    assert copies.fix(root) == [(root / "run_mlm_flax_stream.py", "make_steps")]
+    for name in ("run_clm_flax.py", "run_t5_mlm_flax.py", "run_bart_dlm_flax.py"):
+        change(root / name, "loss_sums", add_line)
+    found = {path.name for path, name, _ in copies.find_differences(root) if name == "make_steps"}
+    assert found == {"run_clm_flax.py", "run_t5_mlm_flax.py", "run_bart_dlm_flax.py"}
+
+
+def test_a_difference_that_has_become_smaller_is_found(root):
+    lines = copies.read_definitions(root / copies.TEMPLATE)["make_steps"]
+    change(root / "run_clm_flax.py", "make_steps", lambda old: lines)
+    ((path, name, message),) = copies.find_differences(root)
+    assert (path.name, name) == ("run_clm_flax.py", "make_steps")
+    assert "0 lines differ" in message
+
+
+def add_helper(lines: list[str]) -> list[str]:
+    return ["def helper():\n", "    return 1\n", "\n", "\n", *lines]
+
+
+def rename(lines: list[str]) -> list[str]:
+    return [line.replace("def prefetch(", "def read_ahead(") for line in lines]
+
+
+@pytest.mark.parametrize(("edit", "missing"), [(add_helper, "helper"), (rename, "read_ahead")])
+def test_added_and_renamed_definitions_of_the_template_are_found(root, edit, missing):
+    change(root / copies.TEMPLATE, "prefetch", edit)
+    found = {(path.name, name) for path, name, _ in copies.find_differences(root)}
+    assert found == {(script, missing) for script in copies.ABSENT}
+
+
+def test_a_changed_comment_above_a_definition_is_found(root):
+    change(root / "run_t5_mlm_flax.py", "MAX_STEPS", lambda lines: ["# Changed.\n", lines[-1]])
+    assert [name for _, name, _ in copies.find_differences(root)] == ["MAX_STEPS"]
 
 
 def test_definitions_do_not_overlap():

@@ -1107,22 +1107,27 @@ def encode_with_offsets(texts: list[str], tokenizer, language: str):
     encoded = tokenizer(
         texts, return_attention_mask=False, return_offsets_mapping=True, verbose=False
     )
+    all_tokens = []
     all_marks = []
-    for text, offsets in zip(texts, encoded["offset_mapping"], strict=True):
+    columns = (texts, encoded["input_ids"], encoded["offset_mapping"])
+    for text, tokens, offsets in zip(*columns, strict=True):
         # The end of each token in the text. Those of special tokens are 0.
         ends = np.maximum.accumulate([end for _, end in offsets])
         marks = np.zeros(len(ends), np.int8)
         first_tokens = ends.searchsorted(sentence_bounds(text, language), side="right")
         marks[first_tokens[first_tokens < len(ends)]] = 1
+        # The text may contain the pad token itself, which stands for no text.
+        is_kept = np.array(tokens) != tokenizer.pad_token_id
         # `datasets` stores lists faster than arrays.
-        all_marks.append(marks.tolist())
-    return encoded["input_ids"], all_marks
+        all_tokens.append(np.array(tokens)[is_kept].tolist())
+        all_marks.append(marks[is_kept].tolist())
+    return all_tokens, all_marks
 
 
 def encode_with_pad_tokens(texts: list[str], tokenizer, language: str):
-    """Do what `encode_with_offsets` does, for a tokenizer in Python, which knows no places.
+    """Do what `encode_with_offsets` does, for a slow tokenizer, which gives no offsets.
 
-    A pad token is put before each sentence, and left out of the result.
+    A pad token is put before each sentence but the first, and left out of the result.
     """
     marked = []
     for text in texts:
@@ -1198,7 +1203,7 @@ class Sequences:
     def starts(self, rows: np.ndarray) -> np.ndarray:
         """Positions of the first tokens of sequences, [rows] int64.
 
-        Those of -1, which fill a batch, are of the last sequence; its labels are ignored there.
+        Row -1 fills a batch: it reads the last sequence, and its labels are ignored.
         """
         return rows % self.count * self.max_length
 
@@ -1529,7 +1534,7 @@ def enlarge_vocabulary(args, config, tokenizer) -> None:
 
 
 def count_token_ids(tokenizer) -> int:
-    """One more than the highest token id. Some ids below it may be of no token."""
+    """One more than the highest token id. Some ids below it may be unused."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
@@ -1911,8 +1916,8 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
             evaluations.run(state.params, step)
 
     if saver and step == steps.start:
-        # No step was left. The checkpoint exists, so this exports the model only: the earlier run
-        # may have been killed before.
+        # No step was left. If the checkpoint exists, this exports the model only: the earlier run
+        # may have been killed before it did.
         saver.save(state, step, is_last=True, results=log.results, **evaluations.to_store())
     return state, step
 
@@ -2029,11 +2034,13 @@ def check_args(args) -> None:
     # `datasets` 5.0 takes braces for names of its own.
     check_range(args, "cache_dir", "a path without braces", lambda value: "{" not in value)
     check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
-    if args.cache_dir and Path(args.cache_dir).resolve().is_relative_to(
-        Path(args.output_dir).resolve()
-    ):
-        # --push_to_hub would upload it.
-        raise InputError(f"--cache_dir {args.cache_dir}: it must not be in --output_dir")
+    if args.push_to_hub and args.cache_dir:
+        output_dir = Path(args.output_dir).resolve()
+        if Path(args.cache_dir).resolve().is_relative_to(output_dir):
+            raise InputError(
+                f"--cache_dir {args.cache_dir}: --push_to_hub would upload it with --output_dir; "
+                "choose a folder elsewhere"
+            )
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
     check_range(
@@ -2054,8 +2061,7 @@ def is_range_of_steps(value: str) -> bool:
 
 def check_sources(args) -> None:
     """Check the flags that name the model, the tokenizer and the data. Raises InputError."""
-    if args.config_overrides is not None and args.model_name_or_path not in (None, args.output_dir):
-        # A finished run that is evaluated has the same settings already.
+    if args.config_overrides is not None and args.model_name_or_path:
         raise InputError(
             f"--config_overrides {args.config_overrides}: the weights of --model_name_or_path "
             "need their own config; leave one of the two out"
@@ -2099,7 +2105,7 @@ class TrainingLog:
     def __init__(self, args, steps: range, steps_per_epoch: int | None):
         self.writing_fails = f"{args.output_dir}: cannot write what TensorBoard shows"
         self.writer = None
-        # An evaluation alone is of no step, so it adds no point to the curves of the training.
+        # An evaluation alone has no step, so it adds no point to the curves of the training.
         self.trains = args.do_train
         if self.trains and is_writer(args):
             with input_errors(self.writing_fails):
@@ -2397,7 +2403,7 @@ def check_output_dir(args) -> None:
         or args.resume_from_checkpoint
         or (output_dir / "checkpoints").is_dir()
         # A run was killed while it replaced the checkpoints.
-        or (output_dir / TEMPORARY_FOLDER).is_dir()
+        or any(path.name.isdigit() for path in (output_dir / TEMPORARY_FOLDER).glob("*"))
         or output_dir in sources
     )
     if not is_empty and not may_have_files:
@@ -3076,7 +3082,7 @@ def memory_advice(args) -> str:
     advice.append(f"a smaller --{length_flag}")
     what_helps = f"what lowers memory, in the order to try: {', '.join(advice)}"
     if not args.do_train:
-        return f"a device computes {per_device_eval} sequences at a time; {what_helps}"
+        return f"a device computes at most {per_device_eval} sequences at a time; {what_helps}"
     num_devices = jax.device_count()
     accumulation = args.gradient_accumulation_steps
     return (
@@ -3209,8 +3215,6 @@ def main(argv: list[str] | None = None) -> None:
 
         # Publish.
         if upload and not (stop.agreed or stop.received):
-            # Nothing is left to save, so a signal ends the process.
-            stop.handle(stop.exit_now)
             publish(args, config, upload)
         if args.distributed:
             # JAX kills processes that finish five minutes after the first.

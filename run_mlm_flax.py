@@ -1038,7 +1038,7 @@ class Sequences:
     def bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the first token of sequences and after the last one, both [rows] int64.
 
-        Those of -1, which fill a batch, are of the last sequence; its labels are ignored there.
+        Row -1 fills a batch: it reads the last sequence, and its labels are ignored.
         """
         rows = rows % self.count
         if self.lines:
@@ -1256,10 +1256,9 @@ def load_config_and_tokenizer(args):
 
 
 def check_config(config, name: str) -> None:
-    """Raise InputError for a setting that the Flax class ignores and that of PyTorch obeys.
+    """Raise InputError for a setting that PyTorch's class follows and Flax's class ignores.
 
-    With it, pretrained weights would be trained as another function than theirs, and exported as
-    another function than the trained one.
+    Training would compute something else than PyTorch does with the same weights.
     """
     built_in = {"position_embedding_type": "absolute"}
     if config.model_type == "electra":
@@ -1417,7 +1416,7 @@ def enlarge_vocabulary(args, config, tokenizer) -> None:
 
 
 def count_token_ids(tokenizer) -> int:
-    """One more than the highest token id. Some ids below it may be of no token."""
+    """One more than the highest token id. Some ids below it may be unused."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
@@ -1798,8 +1797,8 @@ def train(args, state, p_train_step, batches, steps: range, log, saver, stop, ev
             evaluations.run(state.params, step)
 
     if saver and step == steps.start:
-        # No step was left. The checkpoint exists, so this exports the model only: the earlier run
-        # may have been killed before.
+        # No step was left. If the checkpoint exists, this exports the model only: the earlier run
+        # may have been killed before it did.
         saver.save(state, step, is_last=True, results=log.results, **evaluations.to_store())
     return state, step
 
@@ -1916,11 +1915,13 @@ def check_args(args) -> None:
     # `datasets` 5.0 takes braces for names of its own.
     check_range(args, "cache_dir", "a path without braces", lambda value: "{" not in value)
     check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
-    if args.cache_dir and Path(args.cache_dir).resolve().is_relative_to(
-        Path(args.output_dir).resolve()
-    ):
-        # --push_to_hub would upload it.
-        raise InputError(f"--cache_dir {args.cache_dir}: it must not be in --output_dir")
+    if args.push_to_hub and args.cache_dir:
+        output_dir = Path(args.output_dir).resolve()
+        if Path(args.cache_dir).resolve().is_relative_to(output_dir):
+            raise InputError(
+                f"--cache_dir {args.cache_dir}: --push_to_hub would upload it with --output_dir; "
+                "choose a folder elsewhere"
+            )
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
     check_range(
@@ -1941,8 +1942,7 @@ def is_range_of_steps(value: str) -> bool:
 
 def check_sources(args) -> None:
     """Check the flags that name the model, the tokenizer and the data. Raises InputError."""
-    if args.config_overrides is not None and args.model_name_or_path not in (None, args.output_dir):
-        # A finished run that is evaluated has the same settings already.
+    if args.config_overrides is not None and args.model_name_or_path:
         raise InputError(
             f"--config_overrides {args.config_overrides}: the weights of --model_name_or_path "
             "need their own config; leave one of the two out"
@@ -1986,7 +1986,7 @@ class TrainingLog:
     def __init__(self, args, steps: range, steps_per_epoch: int | None):
         self.writing_fails = f"{args.output_dir}: cannot write what TensorBoard shows"
         self.writer = None
-        # An evaluation alone is of no step, so it adds no point to the curves of the training.
+        # An evaluation alone has no step, so it adds no point to the curves of the training.
         self.trains = args.do_train
         if self.trains and is_writer(args):
             with input_errors(self.writing_fails):
@@ -2284,7 +2284,7 @@ def check_output_dir(args) -> None:
         or args.resume_from_checkpoint
         or (output_dir / "checkpoints").is_dir()
         # A run was killed while it replaced the checkpoints.
-        or (output_dir / TEMPORARY_FOLDER).is_dir()
+        or any(path.name.isdigit() for path in (output_dir / TEMPORARY_FOLDER).glob("*"))
         or output_dir in sources
     )
     if not is_empty and not may_have_files:
@@ -2963,7 +2963,7 @@ def memory_advice(args) -> str:
     advice.append(f"a smaller --{length_flag}")
     what_helps = f"what lowers memory, in the order to try: {', '.join(advice)}"
     if not args.do_train:
-        return f"a device computes {per_device_eval} sequences at a time; {what_helps}"
+        return f"a device computes at most {per_device_eval} sequences at a time; {what_helps}"
     num_devices = jax.device_count()
     accumulation = args.gradient_accumulation_steps
     return (
@@ -3096,8 +3096,6 @@ def main(argv: list[str] | None = None) -> None:
 
         # Publish.
         if upload and not (stop.agreed or stop.received):
-            # Nothing is left to save, so a signal ends the process.
-            stop.handle(stop.exit_now)
             publish(args, config, upload)
         if args.distributed:
             # JAX kills processes that finish five minutes after the first.

@@ -904,6 +904,7 @@ class BlockStream:
         `dataset` is that of the stream, a shard of it, or the share of a process. `carried` are
         tokens that precede those of the first text. Raises InputError.
         """
+        first_state = state
         dataset.load_state_dict(state)
         # Row by row: datasets 3.6 to 5.0 lose rows if a stream is resumed twice within one Arrow
         # table.
@@ -915,6 +916,11 @@ class BlockStream:
                 texts = [row[self.column] for row in islice(rows, TEXTS_AT_A_TIME)]
                 tokens = np.concatenate([carried, *self.encode(texts)])
             if not texts and state is not None:
+                if state is first_state:
+                    raise InputError(
+                        f"{self.source}: it ends before the position of the checkpoint, so texts "
+                        "are missing"
+                    )
                 return
             num_tokens = len(tokens) // self.length * self.length
             blocks = tokens[:num_tokens].reshape(-1, self.length)
@@ -969,7 +975,7 @@ class BlockStream:
         """
         rank = jax.process_index()
         num_processes = jax.process_count()
-        limit = (limit or sys.maxsize) // num_processes
+        local_limit = (limit or sys.maxsize) // num_processes
         # This deals out the shards or, if their number is not a multiple, the texts.
         dataset = split_dataset_by_node(self.dataset, rank, num_processes)
         if len(held_out.num_texts) % num_processes == 0:
@@ -981,36 +987,35 @@ class BlockStream:
             opening = list(position["carried"])
             if rank == 0 and not position["state"]:
                 opening.extend(held_out.tokens)
-            rest = np.zeros(0, np.int32)
             chunks = self.read(dataset, position["state"], np.array(opening, np.int32), skip)
             for chunk in prefetch(chunks):
-                rest = chunk.rest
                 if chunk.state:
                     position["state"] = chunk.state
                     position["carried"] = chunk.carried.tolist()
-                end = min(len(chunk.blocks), limit - position["seen"])
+                end = min(len(chunk.blocks), local_limit - position["seen"])
                 for index in range(position["used"], end):
                     yield position | {"used": index}, chunk.blocks[index]
                 position["used"] = 0
-                position["seen"] = min(position["seen"] + len(chunk.blocks), limit)
-                if position["seen"] == limit:
+                position["seen"] = min(position["seen"] + len(chunk.blocks), local_limit)
+                if position["seen"] == local_limit:
                     break
 
             if position["seen"] < local_batch_size:
-                if position["seen"] == limit:
+                if position["seen"] == local_limit:
                     raise InputError(
-                        f"--max_train_samples: {limit} blocks for a process, and its part of a "
-                        f"batch takes {local_batch_size}"
+                        f"--max_train_samples {limit}: that is {local_limit} blocks for each "
+                        f"process, and a batch takes {local_batch_size} of each"
                     )
                 raise InputError(
                     f"too little training data: {self.source} has {position['seen']:,} blocks of "
-                    f"{self.length} tokens, {len(rest)} more; a batch takes {local_batch_size}"
+                    f"{self.length} tokens, {len(chunk.rest)} more; a batch takes "
+                    f"{local_batch_size}"
                 )
             logger.info(
                 f"Epoch {position['epoch'] + 1} is read, {position['seen']:,} blocks; "
                 "the next is reshuffled."
             )
-            carried = [] if position["seen"] == limit else rest.tolist()
+            carried = [] if position["seen"] == local_limit else chunk.rest.tolist()
             position = start_of_epoch(position["epoch"] + 1, carried)
 
 
@@ -1094,6 +1099,7 @@ class StreamProgress:
         # Batches are made ahead of their use, so their positions are noted by step.
         self.position_after = {}
         self.error = None
+        self.has_ended_training = False
 
     def advance(self, step: int) -> None:
         """Move to the position after `step`."""
@@ -1106,15 +1112,19 @@ class StreamProgress:
             saver.save(state, step, is_last, **progress, **evaluations.to_store())
 
     def raise_error(self, step: int) -> None:
-        """Raise InputError if the stream has ended by an error, after `step` is saved."""
-        if self.error:
+        """Raise InputError if an error of the stream has ended the training. `step` is saved."""
+        if self.error and self.has_ended_training:
             raise InputError(
                 f"{self.error}; step {step} is saved: to resume there, give the same command "
                 "without --overwrite_output_dir"
             )
 
-    def raise_error_of_cluster(self) -> None:
-        """Raise the error if there are several processes: all end at once, and none saves."""
+    def end_training(self) -> None:
+        """Note that the batches have ended before the training.
+
+        Raises the error if there are several processes: all end at once then, and none saves.
+        """
+        self.has_ended_training = True
         if self.error and jax.process_count() > 1:
             raise self.error
 
@@ -1234,10 +1244,9 @@ def load_config_and_tokenizer(args):
 
 
 def check_config(config, name: str) -> None:
-    """Raise InputError for a setting that the Flax class ignores and that of PyTorch obeys.
+    """Raise InputError for a setting that PyTorch's class follows and Flax's class ignores.
 
-    With it, pretrained weights would be trained as another function than theirs, and exported as
-    another function than the trained one.
+    Training would compute something else than PyTorch does with the same weights.
     """
     built_in = {"position_embedding_type": "absolute"}
     if config.model_type == "electra":
@@ -1395,7 +1404,7 @@ def enlarge_vocabulary(args, config, tokenizer) -> None:
 
 
 def count_token_ids(tokenizer) -> int:
-    """One more than the highest token id. Some ids below it may be of no token."""
+    """One more than the highest token id. Some ids below it may be unused."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
@@ -1754,8 +1763,8 @@ def train(
             log.flush()
             evaluations.run(state.params, step)
 
-    progress.raise_error_of_cluster()
     if not is_last:
+        progress.end_training()
         # The stream has failed, or an earlier run took all steps and may not have exported.
         if totals is not zeros:
             log.due = (step, totals)
@@ -1879,11 +1888,13 @@ def check_args(args) -> None:
     # `datasets` 5.0 takes braces for names of its own.
     check_range(args, "cache_dir", "a path without braces", lambda value: "{" not in value)
     check_range(args, "output_dir", "a local folder", lambda value: value and "://" not in value)
-    if args.cache_dir and Path(args.cache_dir).resolve().is_relative_to(
-        Path(args.output_dir).resolve()
-    ):
-        # --push_to_hub would upload it.
-        raise InputError(f"--cache_dir {args.cache_dir}: it must not be in --output_dir")
+    if args.push_to_hub and args.cache_dir:
+        output_dir = Path(args.output_dir).resolve()
+        if Path(args.cache_dir).resolve().is_relative_to(output_dir):
+            raise InputError(
+                f"--cache_dir {args.cache_dir}: --push_to_hub would upload it with --output_dir; "
+                "choose a folder elsewhere"
+            )
     check_range(args, "seed", "between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 
     check_range(
@@ -1904,8 +1915,7 @@ def is_range_of_steps(value: str) -> bool:
 
 def check_sources(args) -> None:
     """Check the flags that name the model, the tokenizer and the data. Raises InputError."""
-    if args.config_overrides is not None and args.model_name_or_path not in (None, args.output_dir):
-        # A finished run that is evaluated has the same settings already.
+    if args.config_overrides is not None and args.model_name_or_path:
         raise InputError(
             f"--config_overrides {args.config_overrides}: the weights of --model_name_or_path "
             "need their own config; leave one of the two out"
@@ -1949,7 +1959,7 @@ class TrainingLog:
     def __init__(self, args, steps: range, steps_per_epoch: int | None):
         self.writing_fails = f"{args.output_dir}: cannot write what TensorBoard shows"
         self.writer = None
-        # An evaluation alone is of no step, so it adds no point to the curves of the training.
+        # An evaluation alone has no step, so it adds no point to the curves of the training.
         self.trains = args.do_train
         if self.trains and is_writer(args):
             with input_errors(self.writing_fails):
@@ -2247,7 +2257,7 @@ def check_output_dir(args) -> None:
         or args.resume_from_checkpoint
         or (output_dir / "checkpoints").is_dir()
         # A run was killed while it replaced the checkpoints.
-        or (output_dir / TEMPORARY_FOLDER).is_dir()
+        or any(path.name.isdigit() for path in (output_dir / TEMPORARY_FOLDER).glob("*"))
         or output_dir in sources
     )
     if not is_empty and not may_have_files:
@@ -2926,7 +2936,7 @@ def memory_advice(args) -> str:
     advice.append(f"a smaller --{length_flag}")
     what_helps = f"what lowers memory, in the order to try: {', '.join(advice)}"
     if not args.do_train:
-        return f"a device computes {per_device_eval} sequences at a time; {what_helps}"
+        return f"a device computes at most {per_device_eval} sequences at a time; {what_helps}"
     num_devices = jax.device_count()
     accumulation = args.gradient_accumulation_steps
     return (
@@ -3067,8 +3077,6 @@ def main(argv: list[str] | None = None) -> None:
 
         # Publish.
         if upload and not (stop.agreed or stop.received):
-            # Nothing is left to save, so a signal ends the process.
-            stop.handle(stop.exit_now)
             publish(args, config, upload)
         if args.distributed:
             # JAX kills processes that finish five minutes after the first.

@@ -78,7 +78,7 @@ def measure(library: str, tokens: int, shapes: list[tuple[int, int]]) -> dict[st
         for name, product in PRODUCTS.items():
             flops = 2 * tokens * num_inputs * num_outputs
             rate = flops / seconds(product, arrays) / 1e9
-            rates[f"{num_inputs} to {num_outputs:,}, {name}"] = rate
+            rates[f"{num_inputs:,} to {num_outputs:,}, {name}"] = rate
     return rates
 
 

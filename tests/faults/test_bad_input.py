@@ -165,8 +165,8 @@ COMMAND_LINES = {
         ["--model_name_or_path"],
     ),
     "a cache in the output directory": (
-        {"output_dir": "absent", "cache_dir": "absent/cache"},
-        ["--cache_dir", "absent/cache", "--output_dir"],
+        {"output_dir": "absent", "cache_dir": "absent/cache", "push_to_hub": True},
+        ["--cache_dir", "absent/cache", "--push_to_hub"],
     ),
     "eval of a config": ({"do_eval": True}, ["--model_name_or_path"]),
     "unknown model_type": ({"model_type": "nonsense"}, ["--model_type", "nonsense"]),

@@ -432,6 +432,16 @@ def test_sentences_are_marked_and_tokens_stay_as_they_are(roberta_dir, use_fast)
         assert sentences == split(text)
 
 
+@pytest.mark.parametrize("use_fast", [True, False])
+def test_a_pad_token_in_the_text_is_left_out(roberta_dir, use_fast):
+    tokenizer = AutoTokenizer.from_pretrained(roberta_dir, use_fast=use_fast)
+    found = bart.encode({"text": [f"One {tokenizer.pad_token} two. Three."]}, tokenizer, "en")
+    (tokens,) = found["input_ids"]
+    assert tokenizer.pad_token_id in tokenizer(f"One {tokenizer.pad_token} two.")["input_ids"]
+    assert tokenizer.pad_token_id not in tokens
+    assert len(found["starts_sentence"][0]) == len(tokens)
+
+
 def test_sentences_without_white_space_between_them(tmp_path):
     """A tokenizer such as mBART's puts a space before a text. None comes between two sentences."""
     sentences = ["你好。", "再见。", "我们走。"]

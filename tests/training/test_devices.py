@@ -148,6 +148,6 @@ def test_no_memory_left_in_an_evaluation_alone(script, tmp_path):
     run = place.run("out", change=fill_memory, do_eval=True)
     assert run.returncode == 1
     (line,) = run.lines
-    assert "4 sequences at a time" in line
+    assert "at most 4 sequences at a time" in line
     assert "--per_device_eval_batch_size=2, --dtype=bfloat16" in line
     assert [flag for flag in ("train_batch", "checkpointing", "adafactor") if flag in line] == []

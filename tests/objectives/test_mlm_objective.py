@@ -245,6 +245,13 @@ def test_whole_words_need_a_fast_tokenizer(roberta_dir, whole_words):
         mlm.load_config_and_tokenizer(args)
 
 
+def test_an_activation_that_pytorchs_head_of_electra_ignores_is_refused():
+    electra = CONFIG_MAPPING["electra"]
+    mlm.check_config(electra(), "electra")
+    with pytest.raises(mlm.InputError, match="hidden_act is relu, but Flax's electra has gelu"):
+        mlm.check_config(electra(hidden_act="relu"), "electra")
+
+
 def test_whole_words(tokenizer):
     rows = 2600
     length = 512
